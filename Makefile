@@ -1,0 +1,31 @@
+# Every target does its own set-up: virtual environment, pinned dependencies, Mosquitto where apt and root are there.
+VENV   := .venv
+PYTHON := $(VENV)/bin/python
+READY  := $(VENV)/.ready
+
+.PHONY: test demo check slow gpu setup clean
+
+setup: $(READY)
+
+$(READY): pyproject.toml constraints.txt scripts/setup
+	bash scripts/setup $(VENV)
+	touch $(READY)
+
+test: $(READY)          ## default tests: under five minutes on two cores, no GPU, no network
+	$(PYTHON) -m pytest
+
+slow: $(READY)          ## tests on the real image sets of ../shared/data, where they are there
+	$(PYTHON) -m pytest -m slow --timeout 3600
+
+gpu: $(READY)           ## tests that need a CUDA device
+	$(PYTHON) -m pytest -m gpu --timeout 1200
+
+check: $(READY)         ## lint and types
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/mypy
+
+demo: $(READY)          ## film, record, train, export, run the line, judge
+	$(PYTHON) -m demo
+
+clean:
+	rm -rf $(VENV) build demo/out runs .pytest_cache .mypy_cache .ruff_cache

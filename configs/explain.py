@@ -1,0 +1,135 @@
+"""Turns pydantic's validation errors into lines that name the place, the key, the value and what was expected."""
+from __future__ import annotations
+
+import difflib
+import typing
+from collections.abc import Iterable, Sequence
+
+from pydantic import BaseModel, ValidationError
+from pydantic_core import ErrorDetails
+
+from configs.document import Node
+
+Loc = Sequence[int | str]
+
+
+def explain(model: type[BaseModel], root: Node, error: ValidationError) -> list[str]:
+    """One line per problem, in the order of the file."""
+    lines = [_line(model, root, problem) for problem in error.errors(include_url=False)]
+    return list(dict.fromkeys(lines))
+
+
+def node_at(root: Node, loc: Loc) -> Node | None:
+    """The node at a pydantic location, or None. Union tags in the location (`method.dec.lr`) are passed over."""
+    _, node, complete = _walk(root, loc)[-1]
+    return node if complete else None
+
+
+def _walk(root: Node, loc: Loc) -> list[tuple[str, Node, bool]]:
+    """(dotted key, node, is it the end of `loc`) for each step of `loc` that exists in the document."""
+    steps: list[tuple[str, Node, bool]] = [("", root, not loc)]
+    dotted, current = "", root
+    for position, key in enumerate(loc):
+        last = position == len(loc) - 1
+        if isinstance(current.value, dict) and str(key) in current.value:
+            current = current.value[str(key)]
+            dotted = f"{dotted}.{key}" if dotted else str(key)
+        elif isinstance(current.value, list) and isinstance(key, int) and key < len(current.value):
+            current = current.value[key]
+            dotted = f"{dotted}[{key}]"
+        elif _is_tag(current, key):
+            if last:
+                steps[-1] = (dotted, current, True)
+            continue
+        else:
+            break
+        steps.append((dotted, current, last))
+    return steps
+
+
+def _is_tag(node: Node, key: int | str) -> bool:
+    """Pydantic puts a discriminated union's tag into the location; in the document it is the value of some field."""
+    return isinstance(node.value, dict) and any(child.value == key for child in node.value.values())
+
+
+def _line(model: type[BaseModel], root: Node, problem: ErrorDetails) -> str:
+    loc, kind = problem["loc"], problem["type"]
+    dotted, node, complete = _walk(root, loc)[-1]
+    if kind == "extra_forbidden":
+        return _unknown_key(model, root, loc)
+    if kind == "missing":
+        key = f"{dotted}.{loc[-1]}" if dotted else str(loc[-1])
+        return f"{node.place} {key} is missing, expected {_field_words(model, root, loc)}"
+    if loc and loc[-1] == "[key]":
+        return f"{node.key_places.get(str(loc[-2]), node.place)} {dotted} is not a usable name, expected {_expected(problem)}"
+    if kind in {"value_error", "assertion_error"}:
+        what = f" {dotted} is {node.shown()}," if dotted and complete else ""
+        return f"{node.place}{what} {problem['msg'].removeprefix('Value error, ')}"
+    if kind == "union_tag_invalid":
+        context = problem["ctx"]
+        tags = context["expected_tags"].replace("'", "").split(", ")
+        what = f"{dotted} has {context['discriminator'].strip(chr(39))} {context['tag']}"
+        return f"{node.place} {what}, expected one of {', '.join(tags)}{_did_you_mean(context['tag'], tags)}"
+    return f"{node.place} {dotted} is {node.shown()}, expected {_expected(problem)}"
+
+
+def _unknown_key(model: type[BaseModel], root: Node, loc: Loc) -> str:
+    parents = _walk(root, loc[:-1])
+    dotted, parent, _ = parents[-1]
+    key = str(loc[-1])
+    known = sorted(_known_fields(model, root, loc[:-1]))
+    hint = _did_you_mean(key, known) or (f", expected one of {', '.join(known)}" if known else "")
+    return f"{parent.key_places.get(key, parent.place)} {dotted + '.' if dotted else ''}{key} is not a known setting{hint}"
+
+
+def _expected(problem: ErrorDetails) -> str:
+    """Pydantic's own words, without their beginning, and the nearest of the allowed words."""
+    words = problem["msg"].removeprefix("Input should be ").replace("String should", "text that should")
+    if problem["type"] == "union_tag_not_found":
+        return f"a mapping with the key {problem['ctx']['discriminator'].strip(chr(39))}"
+    if problem["type"] == "literal_error":
+        allowed = problem["ctx"]["expected"].replace("'", "").replace(" or ", ", ").split(", ")
+        return words + _did_you_mean(str(problem["input"]), allowed)
+    return words
+
+
+def _did_you_mean(word: str, known: Iterable[str]) -> str:
+    match = difflib.get_close_matches(word, list(known), n=1)
+    return f", did you mean '{match[0]}'?" if match else ""
+
+
+def _field_words(model: type[BaseModel], root: Node, loc: Loc) -> str:
+    for candidate in _models_at(model, root, loc[:-1]):
+        info = candidate.model_fields.get(str(loc[-1]))
+        if info is not None and info.description:
+            return info.description
+    return "a value"
+
+
+def _known_fields(model: type[BaseModel], root: Node, loc: Loc) -> set[str]:
+    return {name for candidate in _models_at(model, root, loc) for name in candidate.model_fields}
+
+
+def _models_at(model: type[BaseModel], root: Node, loc: Loc) -> list[type[BaseModel]]:
+    """The models that may stand at `loc`, by walking the annotations; a union is narrowed by the fields it shows."""
+    found: list[type[BaseModel]] = [model]
+    node: Node | None = root
+    for key in loc:
+        if node is not None and _is_tag(node, key) and not any(str(key) in m.model_fields for m in found):
+            found = [m for m in found if any(f.default == key or key in typing.get_args(f.annotation) for f in m.model_fields.values())] or found
+            continue
+        nested: list[type[BaseModel]] = []
+        for candidate in found:
+            info = candidate.model_fields.get(str(key))
+            if info is not None:
+                nested += _models_in(info.annotation)
+        if nested:
+            found = nested
+        node = node.value.get(str(key)) if node is not None and isinstance(node.value, dict) else None
+    return found
+
+
+def _models_in(annotation: object) -> list[type[BaseModel]]:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    return [m for argument in typing.get_args(annotation) for m in _models_in(argument)]

@@ -1,0 +1,66 @@
+"""The fused model that is traced into one ONNX graph, from camera pixels to novelty.
+
+Symbols: N frames, H x W pixels of the ROI, C h w the encoder's input, F features, K clusters, D embedding size, M calibration parts.
+
+    image uint8 (N,H,W,3)
+      | Preprocess          trainer/preprocess.py: fit, resize (uint8), Cast, normalise
+    x (N,C,h,w)
+      | Encoder             trainer/encoders
+    features (N,F)
+      | Projection          trainer/projection.py: [signed sqrt], (x - mean) W^T
+    embedding (N,D) ------------------------------------------------.
+      | [L2]                                                         |
+    cluster space (N,D)                                              |
+      | distances to centroids*                                      |
+    distances (N,K) --ArgMin--> cluster_id (N) --Gather--> cluster_mean*[id]
+      | ReduceMin                    |                               |
+    distance (N)                     '-Gather-> cluster_radius*[id]  |
+                                                     | s = ||embedding - mean|| / radius  (N)
+              calibration*, calibration_weight* --> p_value = (1 + sum w [c >= s]) / (1 + sum w)
+              novelty_scale* --> novelty_score = s / scale --> is_novel = score > novelty_threshold*
+
+    * overridable: an input with an initialiser. They are traced as inputs, so that no constant folding can touch them.
+"""
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from trainer import novelty
+from trainer.distance import DIRECT_LIMIT, squared_distances, squared_distances_matmul
+from trainer.model import ClusterModel
+
+
+class FusedModel(nn.Module):
+    """The whole graph as one module; argument and result order is that of edge_dkm.contract."""
+
+    centre: Tensor
+
+    def __init__(self, model: ClusterModel) -> None:
+        super().__init__()
+        self.model = model
+        # A constant of the base codebook: it stays when a station's codebook replaces the centroids.
+        self.register_buffer("centre", model.centroids.detach().mean(0))
+
+    def forward(self, image: Tensor, novelty_threshold: Tensor, *codebook: Tensor) -> tuple[Tensor, ...]:
+        centroids, cluster_mean, cluster_radius, novelty_scale, calibration, calibration_weight = codebook
+        embedding = self.model.embed_pixels(self.model.preprocess.geometry(image))                  # (N, D)
+        d2 = self._squared_distances(self.model.projection.to_cluster_space(embedding), centroids)  # (N, K)
+        distances = d2.sqrt()
+        distance, cluster_id = distances.min(1)
+        s = novelty.raw_score(novelty.novelty_distance(embedding, cluster_mean, cluster_id), cluster_radius, cluster_id)
+        novelty_score = s / novelty_scale
+        p_value = novelty.p_value(s, calibration, calibration_weight)
+        return cluster_id, distance, novelty_score, p_value, novelty_score > novelty_threshold, distances, embedding
+
+    def _squared_distances(self, z: Tensor, centroids: Tensor) -> Tensor:
+        if self.model.centroids.numel() <= DIRECT_LIMIT:
+            return squared_distances(z, centroids)
+        return squared_distances_matmul(z, centroids, self.centre)
+
+    def overridable(self) -> dict[str, Tensor]:
+        """The initial values of the overridable inputs, in the order of `forward`."""
+        model = self.model
+        return {"novelty_threshold": torch.ones(1), "centroids": model.centroids.detach(), "cluster_mean": model.cluster_mean,
+                "cluster_radius": model.cluster_radius, "novelty_scale": model.novelty_scale, "calibration": model.calibration,
+                "calibration_weight": model.calibration_weight}

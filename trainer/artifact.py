@@ -1,0 +1,187 @@
+"""The run folder: written by fit, read by everything after it (predict, evaluate, report, export). Nothing in it is pickled.
+
+config.yaml          resolved settings             encoder.safetensors    encoder, pixel mean and std
+model.json           what was learned from what    codebook.safetensors   projection, centroids, radii, calibration parts
+labels.yaml          names and verdicts, editable  metrics.jsonl          one line per epoch
+assignments.csv      one line per image            report.html            one file, offline
+golden/              images the exporter proves its graph on       checkpoints/ while training
+"""
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+import yaml
+from pydantic import Field
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save
+from torch import Tensor
+
+from configs import ConfigError, Settings, load_settings
+from trainer.codebook import CalibrationParts, set_calibration
+from trainer.encoders import ENCODERS
+from trainer.errors import ArtifactError
+from trainer.model import ClusterModel
+from trainer.novelty import NoveltySettings
+from trainer.preprocess import Preprocess
+from trainer.projection import Projection
+from trainer.settings import TrainSettings
+
+SCHEMA = "dkm.run/1"
+ASSIGNMENT_COLUMNS = ("file", "split", "label", "cluster", "distance", "novelty_score")
+
+
+class ClusterLabel(Settings):
+    """One entry of labels.yaml."""
+
+    name: str | None = Field(None, min_length=1, max_length=60)
+    verdict: Literal["pass", "review", "reject"] | None = None
+
+
+class Labels(Settings):
+    """labels.yaml: `clusters: {0: {name: .., verdict: pass | review | reject}}`. No verdict: the line's default applies."""
+
+    clusters: dict[int, ClusterLabel] = Field(default_factory=dict)
+
+
+@dataclass
+class Run:
+    """A trained run. `info` is model.json; `run.model.predict(images)` and `run.model.transform(images)` use it."""
+
+    path: Path | None
+    settings: TrainSettings
+    model: ClusterModel
+    parts: CalibrationParts
+    info: dict[str, Any]
+    metrics: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def clusters(self) -> list[dict[str, Any]]:
+        """The cluster table with the names and verdicts of labels.yaml as it stands now."""
+        labels = load_labels(self.path, self.model.n_clusters) if self.path else Labels()
+        rows = []
+        for row in self.info["clusters"]:
+            label = labels.clusters.get(row["id"], ClusterLabel())
+            rows.append({**row, **({"name": label.name} if label.name else {}), **({"verdict": label.verdict} if label.verdict else {})})
+        return rows
+
+
+def build_model(settings: TrainSettings, size: tuple[int, int], n_samples: int) -> ClusterModel:
+    """An untrained model for inputs of `size` (height, width); `n_samples` training images bound the projection's size."""
+    preprocess = Preprocess(settings.preprocess, *size)
+    encoder = ENCODERS[settings.encoder.name](settings.encoder, (len(preprocess.mean), *size))
+    projection = Projection(settings.projection, encoder.out_dim, n_samples)
+    return ClusterModel(preprocess, encoder, projection, settings.method.n_clusters)
+
+
+def save_run(run: Run, folder: Path, assignments: Sequence[Sequence[object]]) -> None:
+    """Writes the files; model.json last, since its presence says that the run is complete. labels.yaml is kept if it is there."""
+    folder.mkdir(parents=True, exist_ok=True)
+    model = run.model
+    _save_tensors(folder / "encoder.safetensors", _tensors(model.encoder, "encoder.") | _tensors(model.preprocess, "preprocess."))
+    codebook = _tensors(model.projection, "projection.") | {
+        "centroids": model.centroids.detach(), "cluster_mean": model.cluster_mean, "cluster_radius": model.cluster_radius,
+        "calibration_score": torch.from_numpy(run.parts.score), "calibration_cluster": torch.from_numpy(run.parts.cluster),
+        "calibration_group": torch.from_numpy(run.parts.group)}
+    _save_tensors(folder / "codebook.safetensors", codebook)
+    with (folder / "assignments.csv").open("w", newline="", encoding="utf-8") as file:
+        csv.writer(file).writerows([ASSIGNMENT_COLUMNS, *assignments])
+    if not (folder / "labels.yaml").exists():
+        (folder / "labels.yaml").write_text(_labels_template(run.info["clusters"]), encoding="utf-8")
+    run.path = folder
+    write_atomically(folder / "model.json", json.dumps(run.info, indent=1, allow_nan=False) + "\n")
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """A reader sees the old file or the new one."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text(text, encoding="utf-8")
+    temporary.replace(path)
+
+
+def write_config(settings: TrainSettings, folder: Path) -> None:
+    """config.yaml: the settings as resolved, so that the run can be repeated."""
+    folder.mkdir(parents=True, exist_ok=True)
+    write_atomically(folder / "config.yaml", yaml.safe_dump(settings.plain(), sort_keys=False, allow_unicode=True))
+
+
+def load_run(path: str | Path, device: str = "cpu") -> Run:
+    """Reads a complete run folder.
+
+    Raises:
+        ArtifactError: not there, not complete, damaged, or of another schema.
+        ConfigError: labels.yaml is wrong.
+    """
+    folder = Path(path)
+    if not folder.is_dir():
+        raise ArtifactError(f"{folder}: no such run folder; `dkm-train fit` writes one")
+    if not (folder / "model.json").is_file():
+        state = "an unfinished run; `dkm-train fit ... --resume` completes it" if (folder / "config.yaml").is_file() else "no run folder (no model.json)"
+        raise ArtifactError(f"{folder} is {state}")
+    try:
+        info = json.loads((folder / "model.json").read_text(encoding="utf-8"))
+        if info.get("schema") != SCHEMA:
+            raise ArtifactError(f"{folder}/model.json has the schema {info.get('schema')}, expected {SCHEMA}")
+        settings = load_settings(TrainSettings, folder / "config.yaml", "train")
+        encoder, codebook = load_file(folder / "encoder.safetensors"), load_file(folder / "codebook.safetensors")
+        model = build_model(settings, (info["input"]["height_px"], info["input"]["width_px"]), info["train"]["n_train"])
+        _load_tensors(model, encoder, codebook)
+    except (OSError, ValueError, KeyError, TypeError, SafetensorError, RuntimeError) as error:
+        if isinstance(error, ConfigError):
+            raise
+        raise ArtifactError(f"{folder} is a damaged run: {' '.join(str(error).split())[:200]}") from None
+    parts = CalibrationParts(codebook["calibration_score"].numpy(), codebook["calibration_cluster"].numpy().astype(np.int64),
+                             codebook["calibration_group"].numpy().astype(np.int64), info["novelty"]["kind"] != "uncalibrated")
+    set_calibration(model, parts, settings.calibration or NoveltySettings())
+    return Run(folder, settings, model.to(device).eval(), parts, info, info.get("metrics", {}))
+
+
+def load_labels(folder: Path, n_clusters: int) -> Labels:
+    """labels.yaml of a run; an unknown id, or a name used twice, is an error.
+
+    Raises:
+        ConfigError: naming file, line and key.
+    """
+    path = folder / "labels.yaml"
+    if not path.is_file():
+        return Labels()
+    labels = load_settings(Labels, path, "train")
+    unknown = [k for k in labels.clusters if not 0 <= k < n_clusters]
+    if unknown:
+        raise ConfigError([f"{path} clusters.{unknown[0]}: there is no such cluster, expected 0 to {n_clusters - 1}"])
+    names = [label.name or f"cluster-{k}" for k, label in labels.clusters.items()]
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise ConfigError([f"{path} gives the name '{twice[0]}' to two clusters, expected a name of its own for each"])
+    return labels
+
+
+def _labels_template(clusters: list[dict[str, Any]]) -> str:
+    lines = ["# Names and verdicts of the clusters; look at report.html, edit, then run dkm-export.",
+             "# verdict: pass | review | reject; without one, the line's default applies.", "clusters:"]
+    return "\n".join(lines + [f"  {row['id']}: {{name: {row['name']}}}    # {row['n']} images" for row in clusters]) + "\n"
+
+
+def _save_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
+    # save_file would make it readable by its owner alone; a run is shared like any other output.
+    path.write_bytes(save({key: tensor.cpu().contiguous() for key, tensor in tensors.items()}))
+
+
+def _tensors(module: torch.nn.Module, prefix: str) -> dict[str, Tensor]:
+    return {prefix + key: value.detach() for key, value in module.state_dict().items()}
+
+
+def _load_tensors(model: ClusterModel, encoder: dict[str, Tensor], codebook: dict[str, Tensor]) -> None:
+    model.encoder.load_state_dict({k.removeprefix("encoder."): v for k, v in encoder.items() if k.startswith("encoder.")})
+    model.projection.load_state_dict({k.removeprefix("projection."): v for k, v in codebook.items() if k.startswith("projection.")})
+    with torch.no_grad():
+        model.preprocess.mean.copy_(encoder["preprocess.mean"])
+        model.preprocess.std.copy_(encoder["preprocess.std"])
+        for name in ("centroids", "cluster_mean", "cluster_radius"):
+            getattr(model, name).copy_(codebook[name])

@@ -1,0 +1,60 @@
+"""Fully connected encoder d-500-500-2000-10, mirrored decoder; `encoder.name: mlp`.
+
+Source: Xie, Girshick, Farhadi 2016 (arXiv 1511.06335) section 4.3; ReLU everywhere except bottleneck and reconstruction.
+Differs from the paper: PyTorch's default initialisation (uniform, 1/sqrt(fan_in)) instead of N(0, 0.01^2).
+"""
+from __future__ import annotations
+
+from itertools import pairwise
+from typing import Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from trainer.encoders.base import Encoder, EncoderSettings, Shape
+
+
+class MLPSettings(EncoderSettings):
+    """Sizes of the hidden layers and of the embedding."""
+
+    name: Literal["mlp"] = "mlp"
+    hidden: tuple[int, ...] = (500, 500, 2000)
+    dim: int = Field(10, ge=1)
+
+
+class MLPEncoder(Encoder):
+    """Pixels, flattened -> features (B, dim)."""
+
+    Settings = MLPSettings
+    settings: MLPSettings
+
+    def __init__(self, settings: MLPSettings, shape: Shape) -> None:
+        super().__init__(settings, shape)
+        self.out_dim = settings.dim
+        widths = [shape[0] * shape[1] * shape[2], *settings.hidden, settings.dim]
+        self.widths = list(pairwise(widths))
+        self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in self.widths)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = x.flatten(1)        # (B, C*H*W)
+        for layer in self.layers[:-1]:
+            h = torch.relu(layer(h))
+        return self.layers[-1](h)
+
+    def build_decoder(self) -> nn.Module:
+        return MLPDecoder(self)
+
+
+class MLPDecoder(nn.Module):
+    """The mirror: features (B, dim) -> (B, C, H, W); layer l undoes the encoder's layer -1-l."""
+
+    def __init__(self, encoder: MLPEncoder) -> None:
+        super().__init__()
+        self.shape = encoder.shape
+        self.layers = nn.ModuleList(nn.Linear(b, a) for a, b in reversed(encoder.widths))
+
+    def forward(self, z: Tensor) -> Tensor:
+        for layer in self.layers[:-1]:
+            z = torch.relu(layer(z))
+        return self.layers[-1](z).unflatten(1, self.shape)

@@ -1,0 +1,145 @@
+"""Applies a run to images: predictions per image, sorting into folders, and scores where class folders say what is what."""
+from __future__ import annotations
+
+import re
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from sklearn.metrics import roc_auc_score
+
+from trainer import metric
+from trainer.artifact import Run
+from trainer.data import Dataset, DataSettings, Item, load_dataset, open_images
+from trainer.errors import DataError
+from trainer.model import ClusterModel
+
+Reader = Callable[[Sequence[Item]], Iterator[Item]]
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """The answer for one image; `label` is its class folder where there is one."""
+
+    file: str
+    cluster: int
+    name: str
+    distance: float
+    novelty_score: float
+    is_novel: bool
+    label: str | None
+
+    def plain(self) -> dict[str, Any]:
+        """For JSON."""
+        return asdict(self)
+
+    def text(self) -> str:
+        """One line for people, columns by tabs."""
+        return f"{self.file}\t{self.name}\t{self.distance:.4g}\t{self.novelty_score:.3f}{' novel' if self.is_novel else ''}"
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """`clustering`: ACC, NMI, ARI, purity against the class folders (None with fewer than two). `flagged`: share called novel per class.
+
+    `auroc`: novelty score of the class of good parts against all others (None without both).
+    """
+
+    images: int
+    skipped: int
+    clustering: metric.LabelScores | None
+    flagged: dict[str, tuple[int, int]]
+    auroc: float | None
+
+    def plain(self) -> dict[str, Any]:
+        """For JSON."""
+        return asdict(self)
+
+    def text(self) -> str:
+        """For people."""
+        lines = [f"images    {self.images}, {self.skipped} skipped"]
+        if self.clustering is not None:
+            scores = self.clustering
+            lines.append(f"clusters  ACC {scores.acc:.3f}  NMI {scores.nmi:.3f}  ARI {scores.ari:.3f}  purity {scores.purity:.3f}")
+        lines += [f"novel     {name or 'all'}: {n} of {total} ({n / total:.1%})" for name, (n, total) in self.flagged.items()]
+        if self.auroc is not None:
+            lines.append(f"AUROC     {self.auroc:.4f}  (novelty score, good against the rest)")
+        return "\n".join(lines)
+
+
+def read_like(run: Run, path: str, progress: Reader = iter) -> Dataset:
+    """Another set of images, brought to this run's input."""
+    source = run.settings.data.model_copy(update={"groups": None, "limit": None, "classes": None, "split": "all", "path": path, "kind": "auto"})
+    return _load(run.model, open_images(source), source, run, progress)
+
+
+def _load(model: ClusterModel, images: Any, source: DataSettings, run: Run, progress: Reader) -> Dataset:
+    size = {"height_px": model.preprocess.height_px, "width_px": model.preprocess.width_px}
+    return load_dataset(images, source, run.settings.preprocess.model_copy(update=size), progress)[0]
+
+
+def predict(run: Run, path: str, progress: Reader = iter) -> list[Prediction]:
+    """One prediction per readable image of the set at `path`."""
+    dataset = read_like(run, path, progress)
+    ids, distance, scores = _apply(run.model, dataset)
+    names = {row["id"]: row["name"] for row in run.clusters}
+    labels = [None] * len(dataset) if dataset.labels is None else [dataset.classes[n] for n in dataset.labels]
+    return [Prediction(item.name, int(ids[n]), names[int(ids[n])], float(distance[n]), float(scores[n]), bool(scores[n] > 1.0), labels[n])
+            for n, item in enumerate(dataset.items)]
+
+
+def evaluate(run: Run, path: str, progress: Reader = iter) -> Evaluation:
+    """Scores the run on the set at `path`, whose class folders are the truth."""
+    dataset = read_like(run, path, progress)
+    ids, _, scores = _apply(run.model, dataset)
+    novel = scores > 1.0
+    has_classes = dataset.labels is not None and len(dataset.classes) > 1
+    clustering = metric.score_labels(dataset.labels, ids) if dataset.labels is not None and has_classes else None
+    flagged = {name: (int(novel[dataset.labels == n].sum()), int((dataset.labels == n).sum())) for n, name in enumerate(dataset.classes)} \
+        if dataset.labels is not None else {"": (int(novel.sum()), len(novel))}
+    good = dataset.good
+    auroc = float(roc_auc_score(~good, scores)) if has_classes and good.any() and not good.all() else None
+    return Evaluation(len(dataset), len(dataset.skipped), clustering, flagged, auroc)
+
+
+def _apply(model: ClusterModel, dataset: Dataset) -> tuple[NDArray[np.int64], NDArray[np.float32], NDArray[np.float32]]:
+    z: torch.Tensor = model.embed_dataset(dataset.pixels)
+    ids, distance = model.assign(z)
+    return ids.cpu().numpy(), distance.cpu().numpy(), model.novelty_scores(z).cpu().numpy()
+
+
+def sort_into(rows: list[Prediction], source: Path, folder: Path) -> tuple[int, int]:
+    """One folder per cluster name; novel images also into `novel`. Hard links where the file system allows, else copies.
+
+    Returns:
+        Numbers of links and copies.
+
+    Raises:
+        DataError: the source is not a folder or list of files.
+    """
+    base = source if source.is_dir() else source.parent
+    linked = copied = 0
+    for row in rows:
+        original = base / row.file
+        if not original.is_file():
+            raise DataError(f"{original} is no image file; --sort-into works on folders and lists, not on {source.suffix or source.name}")
+        for target_folder in (folder / _slug(row.name), *([folder / "novel"] if row.is_novel else [])):
+            target_folder.mkdir(parents=True, exist_ok=True)
+            target = target_folder / row.file.replace("/", "__")
+            target.unlink(missing_ok=True)
+            try:
+                target.hardlink_to(original)
+                linked += 1
+            except OSError:
+                shutil.copy2(original, target)
+                copied += 1
+    return linked, copied
+
+
+def _slug(name: str) -> str:
+    return re.sub(r"[^\w.-]+", "_", name).strip(".") or "cluster"

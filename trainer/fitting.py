@@ -1,0 +1,167 @@
+"""Learns a model from settings: data, split, stages, calibration, run folder, report. `dkm-train fit` calls it."""
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from configs import Sources, find, load_settings
+from trainer.artifact import Run, build_model, save_run, write_config
+from trainer.checkpoint import NAME, Position, load_checkpoint
+from trainer.codebook import Embedded, cluster_table, finish, set_calibration
+from trainer.data import Dataset, load_dataset, open_images
+from trainer.errors import DataError
+from trainer.golden import choose, save_images
+from trainer.learner import Learner
+from trainer.loop import Loop
+from trainer.methods import METHODS
+from trainer.novelty import NoveltySettings
+from trainer.pretrain import pretrain_stages
+from trainer.progress import Progress, Silent
+from trainer.provenance import Outcome, describe
+from trainer.report import write_report
+from trainer.settings import TrainSettings
+from trainer.splits import Split, split_all_train, split_by_group
+from trainer.stage import OptimizerSettings, Stage
+
+
+@dataclass(frozen=True)
+class FitOptions:
+    """Where the run goes and what it reports to. `overrides` are `a.b=c` items, as with `--set`."""
+
+    out: Path | None = None
+    overrides: Sequence[str] = ()
+    resume: bool = False
+    progress: Progress = field(default_factory=Silent)
+
+
+def fit(config: str | Path | TrainSettings, options: FitOptions | None = None) -> Run:
+    """Trains what the settings describe and writes the run folder.
+
+    Args:
+        config: a settings file, a shipped name, or settings; `options.out` is `runs/<name>` unless given.
+
+    Raises:
+        ConfigError, DataError: the settings or the images are not usable.
+        CollapseError: a guard stopped the training.
+        InterruptedTraining: Ctrl-C; `resume` continues.
+    """
+    options = options or FitOptions()
+    if isinstance(config, TrainSettings):
+        settings, name = config, "run"
+    else:
+        settings = load_settings(TrainSettings, config, "train", Sources(options.overrides, "DKM_TRAIN"))
+        name = find(config, "train").stem
+    folder = options.out or Path("runs") / name
+    _claim(folder, settings, options)
+    started_s = time.monotonic()
+    device = _device(settings.train.device)
+    with _determinism(settings.train.deterministic):
+        torch.manual_seed(settings.train.seed)
+        options.progress.say(f"reading {settings.data.path}")
+        dataset, split = _load(settings, options.progress)
+        model = build_model(settings, (dataset.pixels.shape[1], dataset.pixels.shape[2]), len(split.train)).to(device)
+        model.encoder.load_pretrained()
+        model.preprocess.fit_normalise(dataset.pixels[torch.from_numpy(split.train)])
+        learner = Learner(model, dataset.pixels[torch.from_numpy(split.train)], settings.train.seed)
+        _train(settings, learner, dataset, folder, options)
+        run, outcome = _finish(settings, learner, dataset, split)
+    run.info["train"]["minutes"] = round((time.monotonic() - started_s) / 60, 2)
+    save_images([outcome.dataset.items[n] for n in choose(run.model, outcome.z)], folder / "golden")
+    save_run(run, folder, outcome.assignments())
+    write_report(run, dataset.skipped, folder / "report.html")
+    (folder / "checkpoints" / NAME).unlink(missing_ok=True)
+    options.progress.close()
+    return run
+
+
+def _claim(folder: Path, settings: TrainSettings, options: FitOptions) -> None:
+    if (folder / "model.json").exists():
+        raise DataError(f"{folder} already holds a complete run; choose another place with --out, or delete it")
+    if (folder / "checkpoints" / NAME).exists() and not options.resume:
+        raise DataError(f"{folder} holds an interrupted run; --resume continues it, --out starts another")
+    try:
+        write_config(settings, folder)
+        (folder / "checkpoints").mkdir(exist_ok=True)
+    except OSError as error:
+        raise DataError(f"{folder} cannot be written: {error.strerror or error}") from None
+
+
+def _load(settings: TrainSettings, progress: Progress) -> tuple[Dataset, Split]:
+    dataset, _ = load_dataset(open_images(settings.data), settings.data, settings.preprocess, progress.read)
+    for skipped in dataset.skipped[:5]:
+        progress.say(f"skipped {skipped.name}: {skipped.reason}")
+    if len(dataset.skipped) > 5:
+        progress.say(f"skipped {len(dataset.skipped)} images in all; `dkm-train scan` lists them")
+    novelty = settings.calibration
+    split = split_all_train(dataset) if novelty is None else split_by_group(dataset, novelty.shares, settings.train.seed)
+    if len(split.train) < settings.method.n_clusters:
+        raise DataError(f"method.n_clusters is {settings.method.n_clusters}, but there are {len(split.train)} training images "
+                        f"(of {len(dataset)}); use fewer clusters or more images")
+    return dataset, split
+
+
+def _finish(settings: TrainSettings, learner: Learner, dataset: Dataset, split: Split) -> tuple[Run, Outcome]:
+    model = learner.model.eval()
+    z = model.embed_dataset(dataset.pixels)
+
+    def embedded(index: NDArray[np.int64]) -> Embedded:
+        return Embedded(z[torch.from_numpy(index).to(z.device)], dataset.groups[index])
+
+    train = embedded(split.train)
+    held_out = [embedded(index) if len(index) else None for index in (split.radius, split.calibration)]
+    parts = finish(model, train, *held_out)
+    calibration = set_calibration(model, parts, settings.calibration or NoveltySettings())
+    outcome = Outcome.of(model, dataset, split, z)
+    info = describe(settings, model, outcome, parts, calibration, cluster_table(model, train, parts))
+    return Run(None, settings, model, parts, info, info["metrics"]), outcome
+
+
+def _train(settings: TrainSettings, learner: Learner, dataset: Dataset, folder: Path, options: FitOptions) -> None:
+    """Pre-training, initial centroids, the method's stages; goes on from a checkpoint where there is one and `resume` is set."""
+    method = METHODS[settings.method.name](settings.method, learner, settings.train.batch_size)
+
+    def init() -> None:
+        model = learner.model
+        model.projection.fit(learner.all_features(), model.n_clusters, learner.seed)
+        method.init_centroids()
+
+    centroids = Stage("init", 0, settings.train.batch_size, OptimizerSettings(), [], learner.latents, begin=init)
+    stages = [*pretrain_stages(settings.pretrain, learner, settings.train.batch_size), centroids, *method.stages()]
+    digest = hashlib.sha256(json.dumps(settings.plain(), sort_keys=True).encode()).hexdigest()
+    checkpoint = load_checkpoint(folder / "checkpoints", digest, dataset.manifest_sha256) if options.resume else None
+    loop = Loop(learner, method, folder, options.progress, settings.train.checkpoint_every_s, Position(0, 0, digest, dataset.manifest_sha256))
+    if checkpoint is not None:
+        checkpoint.restore(learner, method)
+        options.progress.say(f"resuming stage {stages[checkpoint.position.stage].name} at step {checkpoint.position.step}")
+    with loop.interruptible():
+        for n, stage in enumerate(stages):
+            if checkpoint is None or n > checkpoint.position.stage:
+                loop.run(n, stage, None)
+            elif n == checkpoint.position.stage:
+                loop.run(n, stage, checkpoint)
+
+
+def _device(name: str) -> torch.device:
+    if name == "cuda" and not torch.cuda.is_available():
+        raise DataError("train.device is cuda, but this PyTorch sees no CUDA device; use auto or cpu")
+    return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
+
+
+@contextlib.contextmanager
+def _determinism(wanted: bool) -> Iterator[None]:
+    """Deterministic algorithms while fitting; a host program's own choice is restored."""
+    before, warn_only = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    torch.use_deterministic_algorithms(wanted, warn_only=True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before, warn_only=warn_only)

@@ -1,0 +1,121 @@
+"""The one training loop of this repository: runs a stage, logs every epoch, saves checkpoints, stops on Ctrl-C. Called by fitting.py."""
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import hashlib
+import json
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from types import FrameType
+
+import torch
+
+from trainer import guards
+from trainer.checkpoint import Checkpoint, Position, save_checkpoint
+from trainer.errors import TrainerError
+from trainer.learner import Learner
+from trainer.methods import Method
+from trainer.progress import Progress
+from trainer.stage import Stage
+
+
+class InterruptedTraining(TrainerError):  # noqa: N818 (it is not a fault of the training)
+    """Ctrl-C; the checkpoint holds everything up to the last step."""
+
+
+class Loop:
+    """The one training loop. Sample order and dropout depend on (seed, stage, step) alone, so a resumed run repeats them."""
+
+    def __init__(self, learner: Learner, method: Method, folder: Path, progress: Progress, checkpoint_every_s: float, origin: Position) -> None:
+        self.learner, self.method, self.folder, self.progress = learner, method, folder, progress
+        self.checkpoint_every_s, self.origin = checkpoint_every_s, origin
+        self.saved_s = time.monotonic()
+        self.interrupted = threading.Event()
+
+    def run(self, number: int, stage: Stage, checkpoint: Checkpoint | None) -> None:
+        """One stage, from its beginning or from a checkpoint inside it."""
+        if checkpoint is None:
+            stage.begin()
+        if stage.epochs == 0:
+            return
+        optimizer = stage.optimizer.build(stage.parameters)
+        steps = max(1, -(-len(self.learner) // stage.batch_size))
+        first = 0
+        if checkpoint is not None:
+            checkpoint.restore_optimizer(optimizer)
+            first = checkpoint.position.step
+        self.progress.stage(stage.name, stage.epochs, first // steps)
+        for epoch in range(first // steps, stage.epochs):
+            started_s = time.monotonic()
+            for group in optimizer.param_groups:
+                group["lr"] = stage.optimizer.lr_at(epoch)
+            loss = self._epoch(number, stage, optimizer, epoch, steps, first % steps if epoch == first // steps else 0)
+            guards.check_finite(loss, stage.name, epoch)
+            report = stage.after_epoch(epoch)
+            figures = {"loss": loss, **report.figures, "lr": stage.optimizer.lr_at(epoch), "seconds": round(time.monotonic() - started_s, 3)}
+            self._log(stage.name, epoch, figures)
+            if report.stop:
+                self.progress.say(f"{stage.name}: converged after {epoch + 1} epochs")
+                break
+            if time.monotonic() - self.saved_s >= self.checkpoint_every_s:
+                self._save(number, (epoch + 1) * steps, optimizer)
+
+    def _epoch(self, number: int, stage: Stage, optimizer: torch.optim.Optimizer, epoch: int, steps: int, first: int) -> float:
+        """Runs steps `first` to `steps` of one epoch and returns their mean loss."""
+        generator = torch.Generator().manual_seed(_mix(self.learner.seed, number, epoch))
+        batches = torch.randperm(len(self.learner), generator=generator).to(self.learner.device).tensor_split(steps)
+        for module in stage.modules:
+            module.train()
+        total = torch.zeros((), device=self.learner.device)
+        for position in range(first, steps):
+            step = epoch * steps + position
+            if self.interrupted.is_set():
+                self._save(number, step, optimizer)
+                raise InterruptedTraining(f"interrupted in stage {stage.name}, epoch {epoch + 1}; the checkpoint is saved")
+            torch.manual_seed(_mix(self.learner.seed, number, step, 1))
+            stage.before_step(step)
+            loss = stage.loss(batches[position])
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            optimizer.step()
+            total += loss.detach()
+        for module in stage.modules:
+            module.eval()
+        return float(total) / max(1, steps - first)
+
+    def _log(self, stage: str, epoch: int, figures: dict[str, float]) -> None:
+        with (self.folder / "metrics.jsonl").open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"stage": stage, "epoch": epoch, **figures}) + "\n")
+        self.progress.epoch(epoch, figures)
+
+    def _save(self, number: int, step: int, optimizer: torch.optim.Optimizer) -> None:
+        position = dataclasses.replace(self.origin, stage=number, step=step)
+        save_checkpoint(self.folder / "checkpoints", position, self.learner, self.method, optimizer)
+        self.saved_s = time.monotonic()
+
+    @contextlib.contextmanager
+    def interruptible(self) -> Iterator[None]:
+        """The first Ctrl-C ends the current step and saves; the second ends at once."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+
+        def handle(number: int, frame: FrameType | None) -> None:
+            if self.interrupted.is_set():
+                raise KeyboardInterrupt
+            self.interrupted.set()
+
+        previous = signal.signal(signal.SIGINT, handle)
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGINT, previous)
+
+
+def _mix(*numbers: int) -> int:
+    """One seed from several numbers."""
+    return int.from_bytes(hashlib.blake2b(repr(numbers).encode(), digest_size=7).digest(), "little")

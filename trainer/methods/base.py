@@ -1,0 +1,48 @@
+"""What every clustering method is to the training loop: initial centroids, stages that move them, and a state to resume from."""
+from __future__ import annotations
+
+from typing import ClassVar
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from configs import Settings
+from trainer.clustering.kmeans import KMeansOptions, kmeans
+from trainer.learner import Learner
+from trainer.stage import Stage
+
+
+class MethodSettings(Settings):
+    """What all methods share. `name` is the key in METHODS."""
+
+    name: str
+    n_clusters: int = Field(ge=1, description="the number of clusters, an integer >= 1")
+    n_init: int = Field(20, ge=1, description="k-means restarts")
+
+
+class Method:
+    """A method on one learner. `title` is what `dkm-train methods` prints."""
+
+    Settings: ClassVar[type[MethodSettings]]
+    title: ClassVar[str]
+
+    def __init__(self, settings: MethodSettings, learner: Learner, batch_size: int) -> None:
+        self.settings, self.learner, self.batch_size = settings, learner, batch_size
+
+    def stages(self) -> list[Stage]:
+        """The clustering stages, after pre-training and `init_centroids`; none for a control."""
+        return []
+
+    @torch.no_grad()
+    def init_centroids(self) -> None:
+        """Centroids by k-means on the embeddings of all training samples."""
+        result = kmeans(self.learner.all_latents(), self.settings.n_clusters, self.learner.seed, KMeansOptions(n_init=self.settings.n_init))
+        self.learner.model.centroids.copy_(result.centroids)
+
+    def state(self) -> dict[str, Tensor]:
+        """Tensors to keep in a checkpoint beside the model's; `load_state` takes them back."""
+        return {}
+
+    def load_state(self, state: dict[str, Tensor]) -> None:
+        """Restores what `state` gave."""

@@ -1,0 +1,91 @@
+"""The trained model as one module: pre-processing, encoder, projection, centroids, novelty. What `fit` returns and the exporter fuses."""
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from trainer import novelty
+from trainer.distance import nearest
+from trainer.encoders.base import Encoder
+from trainer.preprocess import Preprocess
+from trainer.projection import Projection
+
+PREDICT_BATCH = 256
+
+
+class ClusterModel(nn.Module):
+    """K clusters in a D-dimensional embedding.
+
+    `centroids` (K, D) live in cluster space (after the optional L2), `cluster_mean` (K, D) before it. `cluster_radius` (K,),
+    `novelty_scale` (1,), `calibration` and `calibration_weight` (M,) are set by novelty.calibrate.
+    """
+
+    centroids: nn.Parameter
+    cluster_mean: Tensor
+    cluster_radius: Tensor
+    novelty_scale: Tensor
+    calibration: Tensor
+    calibration_weight: Tensor
+
+    def __init__(self, preprocess: Preprocess, encoder: Encoder, projection: Projection, n_clusters: int) -> None:
+        super().__init__()
+        self.preprocess, self.encoder, self.projection = preprocess, encoder, projection
+        self.centroids = nn.Parameter(torch.zeros(n_clusters, projection.out_dim))
+        self.register_buffer("cluster_mean", torch.zeros(n_clusters, projection.out_dim))
+        self.register_buffer("cluster_radius", torch.ones(n_clusters))
+        self.register_buffer("novelty_scale", torch.ones(1))
+        self.register_buffer("calibration", torch.zeros(1))
+        self.register_buffer("calibration_weight", torch.ones(1))
+
+    @property
+    def n_clusters(self) -> int:
+        """K."""
+        return self.centroids.shape[0]
+
+    def embed_pixels(self, pixels: Tensor) -> Tensor:
+        """Embedding (B, D) of pixels (B, h, w, 3 or 1) that went through `preprocess.geometry`."""
+        return self.projection(self.encoder(self.preprocess.normalise(pixels)))
+
+    @torch.no_grad()
+    def embed_dataset(self, pixels: Tensor, batch: int = PREDICT_BATCH) -> Tensor:
+        """Embeddings (N, D) of a data set's pixels, in eval mode, on the model's device."""
+        was_training = self.training
+        self.eval()
+        device = self.centroids.device
+        z = torch.cat([self.embed_pixels(part.to(device)) for part in pixels.split(batch)])
+        self.train(was_training)
+        return z
+
+    @torch.no_grad()
+    def assign(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        """Cluster id (N,) and distance (N,) to its centroid for embeddings z (N, D)."""
+        ids, d2 = nearest(self.projection.to_cluster_space(z), self.centroids)
+        return ids, d2.sqrt()
+
+    @torch.no_grad()
+    def novelty_scores(self, z: Tensor) -> Tensor:
+        """novelty_score (N,) of embeddings z (N, D); 1.0 is the edge at the target rate."""
+        ids, _ = self.assign(z)
+        raw = novelty.raw_score(novelty.novelty_distance(z, self.cluster_mean, ids), self.cluster_radius, ids)
+        return raw / self.novelty_scale
+
+    def transform(self, images: Iterable[NDArray[np.uint8]]) -> NDArray[np.float32]:
+        """Embeddings (N, D) of images (H, W, 3) uint8 BGR of any size (also one array (N, H, W, 3))."""
+        rows = [self._geometry(image) for image in images]
+        if not rows:
+            return np.zeros((0, self.projection.out_dim), np.float32)
+        return self.embed_dataset(torch.cat(rows)).cpu().numpy()
+
+    def predict(self, images: Iterable[NDArray[np.uint8]]) -> NDArray[np.int64]:
+        """Cluster ids (N,) of images (H, W, 3) uint8 BGR: the nearest centroid, whatever the method was."""
+        z = torch.from_numpy(self.transform(images)).to(self.centroids.device)
+        return self.assign(z)[0].cpu().numpy() if len(z) else np.zeros(0, np.int64)
+
+    def _geometry(self, image: NDArray[np.uint8]) -> Tensor:
+        if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] not in {1, 3}:
+            raise ValueError(f"image is {image.dtype} {image.shape}, expected uint8 (H, W, 3) BGR")
+        return self.preprocess.geometry(torch.from_numpy(np.ascontiguousarray(image))[None])

@@ -1,0 +1,82 @@
+"""Autoencoder pre-training as stages: end to end, or greedily layer by layer with denoising.
+
+Source: Xie, Girshick, Farhadi 2016 (arXiv 1511.06335) section 4.3, after Vincent et al., "Stacked denoising autoencoders", 2010.
+As in the authors' code: no dropout on the raw input of layer 1 nor on the embedding, 20 % on the other layers' inputs and hidden units.
+Differs from the paper: the schedule is in epochs; momentum is not ramped up; biases share the weights' learning rate.
+"""
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from configs import Settings
+from trainer.encoders.mlp import MLPDecoder, MLPEncoder
+from trainer.errors import DataError
+from trainer.learner import Learner
+from trainer.stage import OptimizerSettings, Stage
+
+
+class PretrainSettings(Settings):
+    """`epochs` of end-to-end reconstruction; `layer_epochs` for each layer before that with `layerwise`. `noise` is the dropout rate there."""
+
+    kind: Literal["end_to_end", "layerwise", "none"] = "end_to_end"
+    epochs: int = Field(100, ge=1)
+    layer_epochs: int = Field(50, ge=1)
+    noise: float = Field(0.2, ge=0, lt=1)
+    optimizer: OptimizerSettings = OptimizerSettings()
+
+
+def pretrain_stages(settings: PretrainSettings, learner: Learner, batch_size: int) -> list[Stage]:
+    """The stages that train encoder and decoder to reconstruct; none for a frozen encoder. Sets `learner.decoder`.
+
+    Raises:
+        DataError: the settings ask for what the encoder does not have.
+    """
+    encoder = learner.model.encoder
+    if settings.kind == "none" or not encoder.is_trainable:
+        return []
+    decoder = encoder.build_decoder()
+    if decoder is None:
+        raise DataError(f"pretrain.kind is {settings.kind}, but the encoder has no decoder to reconstruct with, expected pretrain.kind: none")
+    learner.decoder = decoder.to(learner.device)
+    stages = _layerwise(settings, learner, batch_size) if settings.kind == "layerwise" else []
+
+    def loss(index: Tensor) -> Tensor:
+        x = learner.inputs(index)
+        return nn.functional.mse_loss(decoder(encoder(x)), x)      # mean over all elements: sum / (B d)
+
+    parameters = [*encoder.parameters(), *decoder.parameters()]
+    return [*stages, Stage("reconstruct", settings.epochs, batch_size, settings.optimizer, parameters, loss, [encoder, decoder])]
+
+
+def _layerwise(settings: PretrainSettings, learner: Learner, batch_size: int) -> list[Stage]:
+    encoder, decoder = learner.model.encoder, learner.decoder
+    if not isinstance(encoder, MLPEncoder) or not isinstance(decoder, MLPDecoder):
+        raise DataError("pretrain.kind is layerwise, which stacks fully connected layers, expected encoder.name: mlp")
+    return [Stage(f"layer{n + 1}", settings.layer_epochs, batch_size, settings.optimizer,
+                  [*encoder.layers[n].parameters(), *decoder.layers[-1 - n].parameters()],
+                  _LayerLoss(settings.noise, learner, encoder, decoder, n)) for n in range(len(encoder.layers))]
+
+
+class _LayerLoss:
+    """Denoising reconstruction of layer n's clean input by encoder layer n and its mirror; earlier layers are fixed."""
+
+    def __init__(self, noise: float, learner: Learner, encoder: MLPEncoder, decoder: MLPDecoder, n: int) -> None:
+        self.noise, self.learner, self.n = noise, learner, n
+        self.encoder, self.layer, self.mirror = encoder, encoder.layers[n], decoder.layers[-1 - n]
+        self.is_first, self.is_last = n == 0, n == len(encoder.layers) - 1
+
+    def __call__(self, index: Tensor) -> Tensor:
+        with torch.no_grad():
+            clean = self.learner.inputs(index).flatten(1)
+            for layer in self.encoder.layers[: self.n]:
+                clean = torch.relu(layer(clean))
+        hidden = self.layer(clean if self.is_first else nn.functional.dropout(clean, self.noise))
+        if not self.is_last:
+            hidden = nn.functional.dropout(torch.relu(hidden), self.noise)
+        output = self.mirror(hidden)
+        # The raw input may be negative, every other layer's input went through a ReLU.
+        return nn.functional.mse_loss(output if self.is_first else torch.relu(output), clean)

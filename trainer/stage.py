@@ -1,0 +1,74 @@
+"""One stage of training: what is minimised, over which parameters, for how long. The loop in fit.py runs a list of them.
+
+Pre-training, annealing and clustering are stages, not loops of their own.
+"""
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from configs import Settings
+
+
+class OptimizerSettings(Settings):
+    """`lr` is multiplied by `decay` every `decay_every_epochs` (0: never). SGD's learning rate belongs to the mean-reduced losses used here."""
+
+    kind: Literal["adam", "sgd"] = "adam"
+    lr: float = Field(1e-3, gt=0)
+    momentum: float = Field(0.9, ge=0, lt=1)
+    weight_decay: float = Field(0.0, ge=0)
+    decay: float = Field(0.1, gt=0, le=1)
+    decay_every_epochs: int = Field(0, ge=0)
+
+    def build(self, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
+        """An optimizer over `parameters`."""
+        if self.kind == "adam":
+            return torch.optim.Adam(parameters, self.lr, weight_decay=self.weight_decay)
+        return torch.optim.SGD(parameters, self.lr, momentum=self.momentum, weight_decay=self.weight_decay)
+
+    def lr_at(self, epoch: int) -> float:
+        """The learning rate in `epoch` (from 0)."""
+        return self.lr * self.decay ** (epoch // self.decay_every_epochs) if self.decay_every_epochs else self.lr
+
+
+@dataclass(frozen=True)
+class EpochReport:
+    """What a stage says at an epoch's end: figures for the log, and whether it has converged."""
+
+    figures: dict[str, float] = field(default_factory=dict)
+    stop: bool = False
+
+
+def _nothing() -> None: ...
+
+
+def _no_step(step: int) -> None: ...
+
+
+def _go_on(epoch: int) -> EpochReport:
+    return EpochReport()
+
+
+@dataclass(frozen=True)
+class Stage:
+    """`loss(index)` of training samples `index` (B,) is all that is mandatory; the hooks have plain defaults.
+
+    `begin` runs once when the stage starts, not when it is resumed; `before_step(step)` before every step, counted from 0 over the
+    stage; `after_epoch(epoch)` may stop the stage. `modules` are put into training mode.
+    """
+
+    name: str
+    epochs: int
+    batch_size: int
+    optimizer: OptimizerSettings
+    parameters: list[nn.Parameter]
+    loss: Callable[[Tensor], Tensor]
+    modules: list[nn.Module] = field(default_factory=list)
+    begin: Callable[[], None] = _nothing
+    before_step: Callable[[int], None] = _no_step
+    after_epoch: Callable[[int], EpochReport] = _go_on
