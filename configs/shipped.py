@@ -25,13 +25,13 @@ def find(name: str | Path, kind: str) -> Path:
     for candidate in (path, path.with_name(path.name + ".yaml")):
         if candidate.is_file():
             return candidate
-    if path.is_dir():
-        raise ConfigError([f"{path} is a folder, expected a settings file"])
     inside = path.with_suffix("") if path.suffix in {".yaml", ".yml"} else path
     if str(inside.parent) in {".", f"configs/{kind}"}:
         shipped = _HERE / kind / f"{inside.name}.yaml"
         if shipped.is_file():
             return shipped
+    if path.is_dir():
+        raise ConfigError([f"{path} is a folder, expected a settings file"])
     names = shipped_names(kind)
     match = difflib.get_close_matches(inside.name, names, n=1)
     hint = f", did you mean '{match[0]}'?" if match else ""

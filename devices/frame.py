@@ -1,26 +1,61 @@
-"""One picture from a camera, and the clockwork that paces recorded material."""
+"""One picture from a camera, the clockwork that paces recorded material, and cutting out the region of interest."""
 from __future__ import annotations
 
 import threading
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
 
+from devices.errors import CameraError
+
+Roi = tuple[int, int, int, int]
+
+
+@dataclass(frozen=True)
+class Fault:
+    """Why a frame shows nothing usable; `code` is stable (F-DECODE), the text is for people."""
+
+    code: str
+    detail: str
+
 
 @dataclass(frozen=True)
 class Frame:
-    """`image`: (H, W, 3) uint8 BGR. `mono_s`: monotonic seconds at capture (wall time is the runtime's business)."""
+    """`image`: (H, W, 3) uint8 BGR, empty where `fault` is set. `mono_s`: monotonic seconds at capture (wall time is the runtime's business)."""
 
     image: NDArray[np.uint8]
     index: int
     mono_s: float
+    fault: Fault | None = None
 
     @classmethod
     def now(cls, image: NDArray[np.uint8], index: int) -> Frame:
         """A frame captured at this moment."""
         return cls(image, index, time.monotonic())
+
+    @classmethod
+    def faulty(cls, code: str, detail: str, index: int) -> Frame:
+        """A frame that could not be read."""
+        return cls(np.zeros((0, 0, 3), np.uint8), index, time.monotonic(), Fault(code, detail))
+
+
+@dataclass(frozen=True)
+class Cropper:
+    """Cuts the ROI (x, y, w, h) out of each frame and copies it once; without a ROI the frame passes as it is."""
+
+    roi: Roi | None
+
+    def __call__(self, frame: Frame) -> Frame:
+        """Raises CameraError where the ROI does not lie inside the frame."""
+        if self.roi is None or frame.fault is not None:
+            return frame
+        x, y, w, h = self.roi
+        height, width = frame.image.shape[:2]
+        if x + w > width or y + h > height:
+            raise CameraError("C-ROI", f"roi {x},{y},{w},{h} reaches to {x + w},{y + h}, but the frames are {width}x{height}")
+        return replace(frame, image=np.ascontiguousarray(frame.image[y:y + h, x:x + w]))
 
 
 class Pacer:

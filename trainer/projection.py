@@ -20,7 +20,7 @@ from configs import Settings
 from trainer.clustering.kmeans import KMeansOptions, cluster_means, kmeans
 
 WITHIN_ROUNDS = 10
-RELATIVE_FLOOR = 1e-6       # directions below this share of the largest variance are numerical noise
+RELATIVE_FLOOR = 1e-5       # directions below this share of the largest variance are numerical noise, and would be magnified
 ABSOLUTE_FLOOR = 1e-12      # all images alike: no variance at all
 
 

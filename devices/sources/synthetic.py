@@ -15,13 +15,17 @@ from numpy.typing import NDArray
 
 from devices.errors import CameraError
 from devices.frame import Frame, Pacer
+from devices.settings import CameraSettings
 
 WIDTH_PX, HEIGHT_PX = 480, 270
 SPRITE_PX = 128                     # side of the square a part is drawn in
+PATCH_PX = 160                      # side of the square that a turned part and its shadow touch
+NOISE_SHIFT_PX = 61
 PART_TYPES = ("plate", "ring", "bracket")
 DEFECTS = ("scratch", "stain", "foreign")
 
 Image = NDArray[np.uint8]
+Canvas = NDArray[np.float32]
 
 
 @dataclass(frozen=True)
@@ -63,7 +67,9 @@ class Conveyor:
         rng = np.random.default_rng(self.options.seed)
         self.plan = [self._plan_part(n, rng) for n in range(1, self.options.parts + 1)]
         self._belt = _draw_belt(rng)
-        self._sprites: dict[int, tuple[Image, NDArray[np.float32]]] = {}
+        # One field of noise, read at another offset for every frame: drawing fresh noise would cost more than all the rest.
+        self._noise = rng.normal(0.0, 3.0, (HEIGHT_PX + NOISE_SHIFT_PX, WIDTH_PX + NOISE_SHIFT_PX, 3)).astype(np.int16)
+        self._sprites: dict[int, tuple[Canvas, Canvas]] = {}
 
     @property
     def n_frames(self) -> int:
@@ -75,16 +81,17 @@ class Conveyor:
         """Frame `index`: (HEIGHT_PX, WIDTH_PX, 3) uint8 BGR; parts move from right to left."""
         o = self.options
         travel = index * o.speed_px
-        shift = int(travel) % self._belt.shape[1]
-        frame = np.roll(self._belt, -shift, axis=1)[:, :WIDTH_PX].astype(np.float32)
+        shift = int(travel) % (self._belt.shape[1] - WIDTH_PX)
+        frame = self._belt[:, shift:shift + WIDTH_PX].astype(np.int16)
         for part in self.plan:
             x = WIDTH_PX + SPRITE_PX / 2 + (part.number - 1) * o.spacing_px - travel
-            if -SPRITE_PX < x < WIDTH_PX + SPRITE_PX:
+            if -PATCH_PX / 2 < x < WIDTH_PX + PATCH_PX / 2:
                 self._paste(frame, part, x)
-            elif part.number in self._sprites and x <= -SPRITE_PX:
-                del self._sprites[part.number]
-        noise = np.random.default_rng((o.seed, index)).normal(0.0, 3.0, frame.shape).astype(np.float32)
-        return np.clip(frame + noise, 0, 255).astype(np.uint8)
+            elif x <= -PATCH_PX / 2:
+                self._sprites.pop(part.number, None)
+        top, left = (int(v) for v in np.random.default_rng((o.seed, index)).integers(0, NOISE_SHIFT_PX, 2))
+        frame += self._noise[top:top + HEIGHT_PX, left:left + WIDTH_PX]
+        return np.clip(frame, 0, 255).astype(np.uint8)
 
     def _plan_part(self, number: int, rng: np.random.Generator) -> PlannedPart:
         o = self.options
@@ -96,23 +103,27 @@ class Conveyor:
                 defect = name
                 break
             chance -= rate
-        return PlannedPart(number, kind, defect, float(rng.normal(0, 3)), float(rng.normal(0, 4)),
-                           float(rng.normal(1, 0.03)), int(rng.integers(2**31)))
+        # Guide rails bound the position, the light is steady: uniform, without tails.
+        return PlannedPart(number, kind, defect, float(rng.uniform(-4, 4)), float(rng.uniform(-6, 6)), float(rng.uniform(0.95, 1.05)),
+                           int(rng.integers(2**31)))
 
-    def _paste(self, frame: NDArray[np.float32], part: PlannedPart, x: float) -> None:
+    def _paste(self, frame: NDArray[np.int16], part: PlannedPart, x: float) -> None:
+        """Blends the part, centred at column x, into the frame; only a patch around it is touched."""
         if part.number not in self._sprites:
             self._sprites[part.number] = _draw_part(part)
-        colour, alpha = self._sprites[part.number]
+        colour, cover = self._sprites[part.number]
+        left, top = math.floor(x - PATCH_PX / 2), math.floor(HEIGHT_PX / 2 + part.offset_y_px - PATCH_PX / 2)
         matrix = cv2.getRotationMatrix2D((SPRITE_PX / 2, SPRITE_PX / 2), part.angle_deg, 1.0)
-        matrix[0, 2] += x - SPRITE_PX / 2
-        matrix[1, 2] += HEIGHT_PX / 2 + part.offset_y_px - SPRITE_PX / 2
-        size = (WIDTH_PX, HEIGHT_PX)
-        # The shadow first: it is what an evenly lit belt shows around any object.
-        moved = cv2.warpAffine(alpha, matrix, size)[..., None]
-        shadow = cv2.GaussianBlur(np.roll(moved, (3, 3), axis=(0, 1)), (0, 0), 4)[..., None]
-        frame *= 1 - 0.35 * shadow
-        drawn = cv2.warpAffine(colour, matrix, size).astype(np.float32) * part.gain
-        frame[:] = frame * (1 - moved) + drawn * moved
+        matrix[:, 2] += np.array([x - left - SPRITE_PX / 2, HEIGHT_PX / 2 + part.offset_y_px - top - SPRITE_PX / 2])
+        moved = np.asarray(cv2.warpAffine(cover, matrix, (PATCH_PX, PATCH_PX)), np.float32)
+        drawn = np.asarray(cv2.warpAffine(colour, matrix, (PATCH_PX, PATCH_PX)), np.float32)
+        # A soft shadow first: it is what an evenly lit belt shows around any object.
+        shadow = np.asarray(cv2.blur(np.roll(moved, (3, 3), axis=(0, 1)), (9, 9)), np.float32)
+        rows, columns = slice(max(0, top), min(HEIGHT_PX, top + PATCH_PX)), slice(max(0, left), min(WIDTH_PX, left + PATCH_PX))
+        inner = slice(rows.start - top, rows.stop - top), slice(columns.start - left, columns.stop - left)
+        cover_here = moved[inner][..., None]
+        belt = frame[rows, columns] * (1 - 0.35 * shadow[inner][..., None])
+        frame[rows, columns] = belt * (1 - cover_here) + drawn[inner] * part.gain * cover_here
 
 
 class SyntheticSource:
@@ -121,17 +132,18 @@ class SyntheticSource:
     kind = "synthetic"
     live = False
 
-    def __init__(self, spec: str, pace: str = "source") -> None:
+    def __init__(self, spec: str, settings: CameraSettings) -> None:
         self.conveyor = Conveyor(_parse_options(spec))
-        self._pacer = Pacer(self.conveyor.options.fps if pace == "source" else None)
-        self._closed = False
+        fps = settings.fps or self.conveyor.options.fps
+        self._pacer = Pacer(fps if settings.pace == "source" else None)
+        self._loop, self._closed = settings.loop, False
 
     def __iter__(self) -> Iterator[Frame]:
-        for index in range(self.conveyor.n_frames):
-            if self._closed:
-                return
+        index = 0
+        while not self._closed and (self._loop or index < self.conveyor.n_frames):
             self._pacer.wait()
-            yield Frame.now(self.conveyor.render(index), index)
+            yield Frame.now(self.conveyor.render(index % self.conveyor.n_frames), index)
+            index += 1
 
     def close(self) -> None:
         self._closed = True
@@ -158,32 +170,31 @@ def _parse_options(spec: str) -> ConveyorOptions:
 
 def _draw_belt(rng: np.random.Generator) -> Image:
     width = 4 * WIDTH_PX
-    weave = rng.normal(0, 1, (HEIGHT_PX, width)).astype(np.float32)
-    weave = cv2.GaussianBlur(weave, (0, 0), 1.2) * 6
+    weave = np.asarray(cv2.GaussianBlur(rng.normal(0, 1, (HEIGHT_PX, width)), (0, 0), 1.2)) * 6
     ribs = 4 * np.sin(np.arange(width) * 2 * np.pi / 12)[None, :]
     light = 8 * np.cos((np.arange(HEIGHT_PX) - HEIGHT_PX / 2) / HEIGHT_PX * np.pi)[:, None]
     grey = 46 + weave + ribs + light
-    return np.clip(grey[..., None] * np.array([1.02, 1.0, 0.97]), 0, 255).astype(np.uint8)
+    return np.asarray(np.clip(grey[..., None] * np.array([1.02, 1.0, 0.97]), 0, 255), np.uint8)
 
 
-def _draw_part(part: PlannedPart) -> tuple[Image, NDArray[np.float32]]:
-    """Returns colour (S, S, 3) and coverage (S, S) in 0..1, drawn at 4x and averaged down."""
+def _draw_part(part: PlannedPart) -> tuple[Canvas, Canvas]:
+    """Colour (S, S, 3) in grey levels and coverage (S, S) in 0..1, drawn at 4x and averaged down."""
     rng = np.random.default_rng(part.seed)
     s = 4
     side = SPRITE_PX * s
     colour = np.zeros((side, side, 3), np.uint8)
     alpha = np.zeros((side, side), np.uint8)
-    {"plate": _plate, "ring": _ring, "bracket": _bracket, "foreign": _bolt}["foreign" if part.defect == "foreign" else part.kind](colour, alpha, s)
-    grain = cv2.GaussianBlur(rng.normal(0, 1, (side, side // 8)).astype(np.float32), (0, 0), 1.5)
-    grain = cv2.resize(grain, (side, side)) * 5
-    shaded = colour.astype(np.float32) + np.where(alpha > 0, grain, 0)[..., None]
+    drawers = {"plate": _plate, "ring": _ring, "bracket": _bracket, "foreign": _bolt}
+    drawers["foreign" if part.defect == "foreign" else part.kind](colour, alpha, s)
+    grain = cv2.resize(cv2.GaussianBlur(rng.normal(0, 1, (side, side // 8)), (0, 0), 1.5), (side, side))
+    shaded = np.asarray(colour + np.where(alpha > 0, 5 * np.asarray(grain), 0)[..., None], np.float32)
     if part.defect == "scratch":
         _scratch(shaded, alpha, rng, s)
     elif part.defect == "stain":
         _stain(shaded, alpha, rng, s)
-    small = cv2.resize(np.clip(shaded, 0, 255), (SPRITE_PX, SPRITE_PX), interpolation=cv2.INTER_AREA)
-    cover = cv2.resize(alpha.astype(np.float32) / 255, (SPRITE_PX, SPRITE_PX), interpolation=cv2.INTER_AREA)
-    return small.astype(np.uint8), cover
+    size = (SPRITE_PX, SPRITE_PX)
+    return (np.asarray(cv2.resize(np.clip(shaded, 0, 255), size, interpolation=cv2.INTER_AREA), np.float32),
+            np.asarray(cv2.resize(alpha, size, interpolation=cv2.INTER_AREA), np.float32) / np.float32(255))
 
 
 def _plate(colour: Image, alpha: Image, s: int) -> None:
@@ -212,30 +223,34 @@ def _bracket(colour: Image, alpha: Image, s: int) -> None:
 def _bolt(colour: Image, alpha: Image, s: int) -> None:
     """The foreign object: a hexagon bolt, unlike every part type."""
     hexagon = np.array([(64 + 20 * math.cos(a), 36 + 20 * math.sin(a)) for a in np.arange(6) * math.pi / 3])
-    for canvas, value in ((colour, (60, 62, 66)), (alpha, 255)):
+    for canvas, value in ((colour, (138, 142, 150)), (alpha, 255)):
         cv2.fillPoly(canvas, [(hexagon * s).astype(int)], value)
         cv2.rectangle(canvas, (55 * s, 50 * s), (73 * s, 112 * s), value, -1)
     for y in range(58, 112, 6):
-        cv2.line(colour, (55 * s, y * s), (73 * s, (y + 3) * s), (110, 112, 116), s)
+        cv2.line(colour, (55 * s, y * s), (73 * s, (y + 3) * s), (84, 88, 94), s)
 
 
-def _scratch(shaded: NDArray[np.float32], alpha: Image, rng: np.random.Generator, s: int) -> None:
+def _scratch(shaded: Canvas, alpha: Image, rng: np.random.Generator, s: int) -> None:
+    """Two or three nearly parallel lines, as something hard leaves them that slid over the part."""
     cy, cx = _point_on_part(alpha, rng)
-    angle, half = rng.uniform(0, math.pi), rng.uniform(18, 28) * s
+    angle, half = rng.uniform(0, math.pi), rng.uniform(24, 34) * s
     line = np.zeros(alpha.shape, np.uint8)
-    dx, dy = half * math.cos(angle), half * math.sin(angle)
-    cv2.line(line, (int(cx - dx), int(cy - dy)), (int(cx + dx), int(cy + dy)), 255, int(3 * s), cv2.LINE_AA)
-    shaded += (np.minimum(line, alpha) > 0)[..., None] * np.float32(rng.choice((-90.0, 75.0)))
+    for n in range(int(rng.integers(2, 4))):
+        tilt = angle + rng.uniform(-0.08, 0.08)
+        dx, dy = half * math.cos(tilt), half * math.sin(tilt)
+        x, y = cx - 9 * s * n * math.sin(angle), cy + 9 * s * n * math.cos(angle)
+        cv2.line(line, (int(x - dx), int(y - dy)), (int(x + dx), int(y + dy)), 255, int(2.5 * s), cv2.LINE_AA)
+    shaded += (np.minimum(line, alpha) > 0)[..., None] * np.float32(rng.choice((-90.0, 70.0)))
 
 
-def _stain(shaded: NDArray[np.float32], alpha: Image, rng: np.random.Generator, s: int) -> None:
+def _stain(shaded: Canvas, alpha: Image, rng: np.random.Generator, s: int) -> None:
     cy, cx = _point_on_part(alpha, rng)
-    blob = np.zeros(alpha.shape, np.float32)
+    blob = np.zeros(alpha.shape, np.uint8)
     for _ in range(3):
         centre = (int(cx + rng.normal(0, 4) * s), int(cy + rng.normal(0, 4) * s))
-        cv2.circle(blob, centre, int(rng.uniform(8, 12) * s), 1.0, -1)
-    blob = cv2.GaussianBlur(blob, (0, 0), 1.5 * s) * (alpha > 0)
-    shaded *= 1 - 0.65 * blob[..., None] * np.array([1.0, 0.85, 0.7], np.float32)
+        cv2.circle(blob, centre, int(rng.uniform(8, 12) * s), 255, -1)
+    soft = np.asarray(cv2.GaussianBlur(blob, (0, 0), 1.5 * s), np.float32) / 255 * (alpha > 0)
+    shaded *= 1 - 0.65 * soft[..., None] * np.array([1.0, 0.85, 0.7], np.float32)
 
 
 def _point_on_part(alpha: Image, rng: np.random.Generator) -> tuple[int, int]:

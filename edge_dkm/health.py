@@ -1,0 +1,49 @@
+"""Progress heartbeats of the line's stages. A stage is judged by what it has done, on the monotonic clock, not by being alive."""
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Literal
+
+from edge_dkm.message import StageHealth
+
+STUCK_S = 10.0
+
+StageState = Literal["ok", "idle", "degraded", "stuck"]
+
+
+class Stage:
+    """One stage. `waiting` tells whether work lies before it; `excuse` names an outside cause (broker down, camera offline) or None."""
+
+    def __init__(self, waiting: Callable[[], bool], excuse: Callable[[], str | None] = lambda: None) -> None:
+        self._waiting, self._excuse = waiting, excuse
+        self._lock = threading.Lock()
+        self._count, self._last_s = 0, time.monotonic()
+
+    def progress(self, n: int = 1) -> None:
+        """Something was done."""
+        with self._lock:
+            self._count += n
+            self._last_s = time.monotonic()
+
+    def health(self) -> StageHealth:
+        """`stuck`: work waits, nothing was done for ten seconds, and there is no excuse."""
+        with self._lock:
+            count, age_s = self._count, time.monotonic() - self._last_s
+        waiting = self._waiting()
+        state: StageState = "ok" if waiting or age_s < 1.0 else "idle"
+        if self._excuse() is not None:
+            state = "degraded"
+        elif waiting and age_s > STUCK_S:
+            state = "stuck"
+        return StageHealth(state=state, count=count, age_s=round(age_s, 3))
+
+
+def rss_mb() -> int | None:
+    """Resident memory of this process in megabytes; None where /proc is not there."""
+    try:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * 4096 // 1_000_000
+    except (OSError, IndexError, ValueError):
+        return None

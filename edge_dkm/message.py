@@ -1,0 +1,298 @@
+"""What the station says over MQTT: one frozen model per schema. `docs/contracts.md` is the page for integrators.
+
+Unknown values are left out, never null or NaN; keys may be added within a version, so a reader must ignore what it does not know.
+"""
+from __future__ import annotations
+
+import os
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from edge_dkm.clock import wall_s
+
+MAX_RESULT_BYTES = 1024
+
+
+class Message(BaseModel):
+    """Base of every payload."""
+
+    model_config = ConfigDict(frozen=True, populate_by_name=True, ser_json_inf_nan="null", protected_namespaces=())
+
+    def payload(self) -> bytes:
+        """Compact UTF-8 JSON without unknown values."""
+        return self.model_dump_json(by_alias=True, exclude_none=True).encode()
+
+
+class Part(Message):
+    """Which part, where a trigger said so."""
+
+    id: str
+    product: str | None = None
+
+
+class TriggerInfo(Message):
+    """What started the inspection; `id` counts per camera and run of the program."""
+
+    kind: Literal["free", "timer", "part_present", "mqtt", "plc"]
+    id: int
+
+
+class ModelInfo(Message):
+    """Which model judged, with which codebook (`base` or the 12-digit digest of a station's own)."""
+
+    id: str
+    sha256: str
+    codebook: str
+    contract: int
+
+
+class ClusterInfo(Message):
+    """The nearest cluster; `margin` is how much further the second nearest lies."""
+
+    id: int
+    name: str
+    distance: float
+    margin: float | None = None
+
+
+class NoveltyInfo(Message):
+    """How strange the part looks; 1.0 is the edge at the model's target false-reject rate."""
+
+    score: float
+    threshold: float
+    p_value: float
+    is_novel: bool
+
+
+class Timing(Message):
+    """Milliseconds: waiting and cutting out, inference, from capture to the answer."""
+
+    capture: float
+    infer: float
+    total: float
+
+
+class ErrorInfo(Message):
+    """Why there is no answer."""
+
+    code: str
+    detail: str
+
+
+class Result(Message):
+    """One part or frame: `dkm.result/1`. `bad_frame` and `failed` carry `error` and verdict `error`, no cluster and no novelty."""
+
+    schema_: Literal["dkm.result/1"] = Field("dkm.result/1", alias="schema")
+    result_id: str
+    epoch: str
+    seq: int
+    cseq: int
+    boot_id: str
+    ts: str
+    station: str
+    camera: str
+    state: Literal["completed", "bad_frame", "failed"]
+    trigger: TriggerInfo
+    part: Part | None = None
+    model: ModelInfo | None = None
+    cluster: ClusterInfo | None = None
+    novelty: NoveltyInfo | None = None
+    verdict: Literal["pass", "review", "reject", "error"]
+    reason: Literal["cluster_verdict", "novel", "default", "bad_frame", "failed"]
+    error: ErrorInfo | None = None
+    timing_ms: Timing | None = None
+    historical: bool = False
+
+
+class Gap(Message):
+    """Results that a limit dropped: `dkm.gap/1`, on the result topic. `from` and `to` are cseq, inclusive."""
+
+    schema_: Literal["dkm.gap/1"] = Field("dkm.gap/1", alias="schema")
+    ts: str
+    station: str
+    camera: str
+    epoch: str
+    seq: int
+    from_: int = Field(alias="from")
+    to: int
+    n: int
+    reason: Literal["drop_oldest", "drop_newest", "age", "row_corrupt", "disk_full"]
+
+
+class Announcement(Message):
+    """What all messages but results share; `session` is the counter of the last will."""
+
+    ts: str
+    station: str
+    session: int
+
+
+class Status(Announcement):
+    """Whether the station is there; `offline` is the last will's word."""
+
+    schema_: Literal["dkm.status/1"] = Field("dkm.status/1", alias="schema")
+    state: Literal["online", "stopped", "offline"]
+    boot_id: str
+    epoch: str
+    sw: str
+    reason: str | None = None
+
+
+class InfoModel(Message):
+    """A loaded model."""
+
+    id: str
+    sha256: str
+    codebook: str
+    contract: int
+
+
+class InfoCluster(Message):
+    """One row of the cluster table; without a verdict, the line's default applies."""
+
+    id: int
+    name: str
+    verdict: Literal["pass", "review", "reject"] | None = None
+    n: int
+
+
+class Providers(Message):
+    """What the device profile asks for, and what onnxruntime runs on."""
+
+    requested: list[str]
+    actual: list[str]
+
+
+class InfoCamera(Message):
+    """One camera; w and h are those of its frames, once it has given some."""
+
+    kind: str
+    w: int | None = None
+    h: int | None = None
+    roi: tuple[int, int, int, int] | None = None
+
+
+class InfoDelivery(Message):
+    """How results are delivered."""
+
+    mode: str
+    order: str
+
+
+class Info(Announcement):
+    """What runs here."""
+
+    schema_: Literal["dkm.info/1"] = Field("dkm.info/1", alias="schema")
+    model: InfoModel
+    clusters: list[InfoCluster]
+    providers: Providers
+    precision: str
+    cameras: dict[str, InfoCamera]
+    delivery: InfoDelivery
+    schemas: list[str]
+    versions: dict[str, str]
+
+
+class StateReason(Message):
+    """Why the state is what it is."""
+
+    code: str
+    detail: str
+
+
+class State(Announcement):
+    """What the line is doing, since when."""
+
+    schema_: Literal["dkm.state/1"] = Field("dkm.state/1", alias="schema")
+    state: Literal["warming_up", "ready", "running", "degraded", "halted", "error"]
+    since: str
+    reason: StateReason | None = None
+
+
+class StageHealth(Message):
+    """One stage: how often it has progressed, and how long ago."""
+
+    state: Literal["ok", "idle", "degraded", "stuck"]
+    count: int
+    age_s: float
+
+
+class CameraCounters(Message):
+    """frames (those that a trigger chose) = results + bad + dropped by reason + those under way."""
+
+    frames: int
+    results: int
+    bad: int
+    dropped: dict[str, int]
+
+
+class OutboxHealth(Message):
+    """Results not yet acknowledged."""
+
+    rows: int
+    bytes: int
+    oldest_s: float
+
+
+class Health(Announcement):
+    """Every five seconds."""
+
+    schema_: Literal["dkm.health/1"] = Field("dkm.health/1", alias="schema")
+    uptime_s: float
+    epoch: str
+    last: dict[str, int]
+    stages: dict[str, StageHealth]
+    counters: dict[str, CameraCounters]
+    outbox: OutboxHealth
+    disk_free_mb: int
+    rss_mb: int | None = None
+    clock_synced: bool | None = None
+
+
+class CameraHealth(Announcement):
+    """One camera, on change."""
+
+    schema_: Literal["dkm.camera/1"] = Field("dkm.camera/1", alias="schema")
+    camera: str
+    state: Literal["online", "offline", "bad"]
+    code: str | None = None
+    fps: float
+    frame_age_ms: int | None = None
+    reconnects: int
+
+
+MESSAGES: dict[str, type[Message]] = {
+    "dkm.status/1": Status, "dkm.info/1": Info, "dkm.state/1": State, "dkm.health/1": Health,
+    "dkm.camera/1": CameraHealth, "dkm.result/1": Result, "dkm.gap/1": Gap,
+}
+
+
+def json_schema(name: str) -> dict[str, Any]:
+    """The JSON Schema of one message: enumerations are closed, further keys are allowed, a key without a value is not there."""
+    schema = MESSAGES[name].model_json_schema(by_alias=True, mode="serialization")
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", "$id": f"urn:edge-dkm:{name}", **_without_null(schema)}
+
+
+def _without_null(schema: Any) -> Any:
+    """Pydantic writes an optional field as `X or null, default null`; on the wire it is `X, not required`, and all others are required."""
+    if isinstance(schema, list):
+        return [_without_null(item) for item in schema]
+    if not isinstance(schema, dict):
+        return schema
+    result = {key: _without_null(value) for key, value in schema.items() if not (key == "default" and value is None)}
+    options = [option for option in result.get("anyOf", []) if option != {"type": "null"}]
+    if len(options) == 1 and "anyOf" in result:
+        del result["anyOf"]
+        result = {**options[0], **result}
+    if isinstance(schema.get("properties"), dict):
+        result["required"] = [key for key, value in schema["properties"].items() if value.get("default", ...) is not None]
+    return result
+
+
+def new_result_id() -> str:
+    """A UUID of version 7: unique, and in the order of time."""
+    stamp_ms, noise = int(wall_s() * 1000), int.from_bytes(os.urandom(10), "big")
+    value = (stamp_ms & (2**48 - 1)) << 80 | 0x7 << 76 | (noise >> 64 & 0xFFF) << 64 | 0b10 << 62 | noise & (2**62 - 1)
+    text = f"{value:032x}"
+    return f"{text[:8]}-{text[8:12]}-{text[12:16]}-{text[16:20]}-{text[20:]}"

@@ -1,0 +1,65 @@
+"""`edge-dkm watch`: shows what a station publishes, as it comes. A small consumer to try a line with."""
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Callable
+
+from edge_dkm.errors import BrokerError
+from edge_dkm.mqtt import Link, await_connack, open_link, pump
+from edge_dkm.settings import LineSettings
+
+
+RETRY_S = 0.2
+
+
+def watch(settings: LineSettings, show: Callable[[str, bytes], bool], wait_s: float) -> None:
+    """Calls `show(topic, payload)` for every message below the station's topic until it returns False.
+
+    Raises:
+        BrokerError: the broker is not there within `wait_s`, or goes away.
+    """
+    link = _connect(settings, time.monotonic() + wait_s)
+    try:
+        await_connack(link, settings.mqtt)
+        link.client.subscribe(f"{settings.base_topic}/#", qos=1)
+        while link.lost is None:
+            pump(link, 1.0)
+            messages, link.messages = link.messages, []
+            for message in messages:
+                if not show(message.topic, bytes(message.payload)):
+                    return
+        raise BrokerError(f"MQTT broker {settings.mqtt.host}:{settings.mqtt.effective_port} {link.lost}")
+    finally:
+        link.client.disconnect()
+
+
+def _connect(settings: LineSettings, deadline_s: float) -> Link:
+    """A broker that is being started refuses at first; another process's start has no event to wait for."""
+    while True:
+        try:
+            return open_link(settings.mqtt, f"edge-dkm-watch-{settings.station}-{os.getpid()}", clean=True)
+        except BrokerError:
+            if time.monotonic() > deadline_s:
+                raise
+            time.sleep(RETRY_S)
+
+
+def describe(topic: str, payload: bytes, base: str) -> str:
+    """One line for people; results in words, everything else as it is."""
+    place = topic.removeprefix(f"{base}/")
+    try:
+        message = json.loads(payload)
+    except ValueError:
+        return f"{place}: {payload[:100]!r}"
+    schema = message.get("schema", "")
+    if schema == "dkm.result/1":
+        cluster = message.get("cluster", {}).get("name", message.get("error", {}).get("code", ""))
+        novelty = message.get("novelty", {})
+        score = f" novelty {novelty['score']:.2f}" if novelty else ""
+        again = " (again)" if message["historical"] else ""
+        return f"{message['ts'][11:23]} {message['camera']} #{message['cseq']} {message['verdict']:<7}{cluster}{score}{again}"
+    if schema == "dkm.gap/1":
+        return f"{message['ts'][11:23]} {message['camera']} GAP {message['from']} to {message['to']}: {message['reason']}"
+    return f"{place}: {json.dumps({k: v for k, v in message.items() if k not in {'schema', 'ts', 'station', 'session'}}, ensure_ascii=False)}"
