@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from demo.film import counts, film
-from demo.judge import Verdicts, judge
+from demo.judge import judge
 from devices.sources.synthetic import ConveyorOptions
 
 OUT = Path("demo/out")
@@ -28,6 +28,7 @@ JUDGE = ConveyorOptions(parts=460, speed_px=12, scratch=0.03, stain=0.03, foreig
 
 
 def main() -> int:
+    """Runs the demo; returns the exit code."""
     parser = argparse.ArgumentParser(prog="make demo", description=__doc__)
     parser.add_argument("--seed", type=int, default=1, help="of both films (default: 1)")
     seed = parser.parse_args().seed

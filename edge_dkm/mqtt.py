@@ -71,8 +71,9 @@ def open_link(settings: MqttSettings, client_id: str, will: Will | None = None, 
     client.max_inflight_messages_set(WINDOW)
     if settings.username is not None:
         client.username_pw_set(settings.username, settings.password)
-    if settings.tls is not None:
-        client.tls_set_context(_tls_context(settings))
+    context = _tls_context(settings) if settings.tls is not None else None
+    if context is not None:
+        client.tls_set_context(context)
     if will is not None:
         delay = _properties(PacketTypes.WILLMESSAGE, WillDelayInterval=WILL_DELAY_S) if is_v5 else None
         client.will_set(will.topic, will.payload, qos=1, retain=True, properties=delay)
@@ -86,6 +87,8 @@ def open_link(settings: MqttSettings, client_id: str, will: Will | None = None, 
     try:
         client.connect(host, settings.effective_port, settings.keepalive_s, **arguments)
     except (OSError, ValueError) as error:      # UnicodeError is a ValueError
+        if context is not None:
+            context.close_last()
         raise BrokerError(f"MQTT broker {host}:{settings.effective_port} cannot be reached: {_why(error)}") from None
     return link
 
@@ -174,13 +177,32 @@ def _properties(packet: int, **values: Any) -> Properties:
     return properties
 
 
-def _tls_context(settings: MqttSettings) -> ssl.SSLContext:
+class _Context(ssl.SSLContext):
+    """Remembers the socket of a handshake: the library forgets to close it where the handshake fails (paho-mqtt 2.2.0)."""
+
+    _last: ssl.SSLSocket | None = None
+
+    def wrap_socket(self, *arguments: Any, **options: Any) -> ssl.SSLSocket:
+        self._last = super().wrap_socket(*arguments, **options)
+        return self._last
+
+    def close_last(self) -> None:
+        """Closes the socket of the last handshake."""
+        if self._last is not None:
+            self._last.close()
+
+
+def _tls_context(settings: MqttSettings) -> _Context:
     tls = settings.tls
     if tls is None:
         raise UsageError("mqtt.tls is not set")
     try:
-        context = ssl.create_default_context(cafile=str(tls.ca) if tls.ca else None)
+        context = _Context(ssl.PROTOCOL_TLS_CLIENT)     # checks certificate and host name
         context.minimum_version = ssl.TLSVersion.TLSv1_2
+        if tls.ca is not None:
+            context.load_verify_locations(tls.ca)
+        else:
+            context.load_default_certs()
         if tls.cert is not None and tls.key is not None:
             context.load_cert_chain(tls.cert, tls.key)
     except (OSError, ssl.SSLError) as error:

@@ -194,7 +194,7 @@ class Outbox:
                                      (after_seq, limit)).fetchall()
             rows = []
             for seq, camera, cseq, topic, blob, crc in found:
-                body = bytes(blob)
+                body = blob if isinstance(blob, bytes) else str(blob).encode()
                 if _crc(seq, camera, cseq, topic, body) != crc:
                     log.error("outbox row %d (camera %s, cseq %s) is damaged and declared as a gap", seq, camera, cseq)
                     with self._change():

@@ -116,7 +116,7 @@ class LineSettings(Settings):
     verdicts: VerdictSettings = VerdictSettings()
     mqtt: MqttSettings = MqttSettings()
     delivery: DeliverySettings = DeliverySettings()
-    state: Path = Field(Path("state"), description="the folder for outbox, codebooks and what else must survive")
+    state: Path = Field(Path("state"), validate_default=False, description="the folder for outbox, codebooks and what else must survive")
 
     @field_validator("recipes", "parts")
     @classmethod

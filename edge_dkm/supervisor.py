@@ -182,7 +182,11 @@ class Line:
         self.announcer.state("error" if error else "halted", error)
         self.announcer.health()
         by_hand = self.stop_asked.is_set() or error is not None
-        drained = self.publisher.wait_drained(STOP_DRAIN_S if by_hand else self.settings.delivery.drain_timeout_s)
+        timeout_s = STOP_DRAIN_S if by_hand else self.settings.delivery.drain_timeout_s
+        problem = self.publisher.status().problem
+        if problem is not None and self.outbox.status().rows:
+            log.info("waiting up to %g s for delivery: %s", timeout_s, problem)
+        drained = self.publisher.wait_drained(timeout_s)
         self.publisher.stop()
         self.publisher.join(STOP_DRAIN_S + 2)
         return drained

@@ -10,7 +10,6 @@ from edge_dkm.errors import BrokerError
 from edge_dkm.mqtt import Link, await_connack, open_link, pump
 from edge_dkm.settings import LineSettings
 
-
 RETRY_S = 0.2
 
 

@@ -164,6 +164,8 @@ def _is_ghost(mask: NDArray[np.uint8], small: Gray, background: Gray) -> bool:
     """Whether the outline is an edge of the background rather than of the frame: the part was there when the background was learned."""
     kernel = np.ones((2 * EDGE_MARGIN_PX + 1, 2 * EDGE_MARGIN_PX + 1), np.uint8)
     ring = (cv2.dilate(mask, kernel) - cv2.erode(mask, kernel)) > 0
+    if not ring.any():
+        return False        # it fills the picture
     return bool(_edges(background)[ring].mean() > GHOST_RATIO * _edges(small)[ring].mean() + 1.0)
 
 

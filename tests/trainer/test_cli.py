@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -8,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from exporters.cli import main as export_main
+from tests.waiting import wait_until
 from trainer.cli import main
 
 
@@ -73,15 +75,8 @@ def test_ctrl_c_saves_and_says_how_to_go_on(tiny_settings_text: str, tmp_path: P
     config.write_text(tiny_settings_text.replace("epochs: 3", "epochs: 100000"))
     process = subprocess.Popen([sys.executable, "-m", "trainer", "fit", str(config), "--out", str(tmp_path / "run")], stderr=subprocess.PIPE, text=True)
     metrics = tmp_path / "run" / "metrics.jsonl"
-    import os
-    import signal
-    import time
-
-    deadline_s = time.monotonic() + 60
-    while not (metrics.exists() and metrics.stat().st_size > 0):
-        assert time.monotonic() < deadline_s and process.poll() is None
-        time.sleep(0.05)        # waiting for another process's first epoch; there is no event to wait for
-    os.kill(process.pid, signal.SIGINT)
+    wait_until(lambda: metrics.exists() and metrics.stat().st_size > 0, timeout_s=60)
+    process.send_signal(signal.SIGINT)
     _, error = process.communicate(timeout=60)
     assert process.returncode == 1
     assert f"go on with: dkm-train fit {config} --out {tmp_path / 'run'} --resume" in error and "Traceback" not in error
