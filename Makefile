@@ -22,6 +22,7 @@ gpu: $(READY)           ## tests that need a CUDA device
 
 check: $(READY)         ## lint and types
 	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
 
 demo: $(READY)          ## film, record, train, export, run the line, judge

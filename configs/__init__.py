@@ -1,4 +1,5 @@
 """Strict settings: YAML files, overrides and environment read into frozen pydantic models. Imports nothing of ours."""
+
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
@@ -10,8 +11,15 @@ if TYPE_CHECKING:
     from configs.loader import Settings, Sources, load_settings, load_text
     from configs.shipped import find, shipped_names
 
-_HOMES = {"ConfigError": "document", "Settings": "loader", "Sources": "loader", "load_settings": "loader", "load_text": "loader",
-          "find": "shipped", "shipped_names": "shipped"}
+_HOMES = {
+    "ConfigError": "document",
+    "Settings": "loader",
+    "Sources": "loader",
+    "load_settings": "loader",
+    "load_text": "loader",
+    "find": "shipped",
+    "shipped_names": "shipped",
+}
 
 
 def __getattr__(name: str) -> object:

@@ -2,6 +2,7 @@
 
 Exit codes: 0 ok, 1 failure, 2 usage or settings, 3 model, 4 camera, 5 broker, 6 another process holds the state, 7 storage.
 """
+
 from __future__ import annotations
 
 import argparse
@@ -13,7 +14,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
 DEBUG_VARIABLE = "EDGE_DKM_DEBUG"
-INTERRUPTED = 130       # the shell's code for Ctrl-C
+INTERRUPTED = 130  # the shell's code for Ctrl-C
 
 Handler = Callable[[argparse.Namespace], int]
 
@@ -40,7 +41,14 @@ def add_command(commands: Any, name: str, handler: Handler, text: str) -> argpar
 
 def add_overrides(parser: argparse.ArgumentParser) -> None:
     """`--set a.b=c`, repeatable."""
-    parser.add_argument("--set", dest="overrides", metavar="KEY=VALUE", action="append", default=[], help="override a setting, as train.seed=3; repeatable")
+    parser.add_argument(
+        "--set",
+        dest="overrides",
+        metavar="KEY=VALUE",
+        action="append",
+        default=[],
+        help="override a setting, as train.seed=3; repeatable",
+    )
 
 
 def show(as_json: bool, value: Any, text: str) -> None:
@@ -57,7 +65,7 @@ def guarded(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> int:
         return code
     except KeyboardInterrupt:
         return _fail(parser.prog, "interrupted", INTERRUPTED)
-    except BrokenPipeError:     # `| head`: the reader has had enough
+    except BrokenPipeError:  # `| head`: the reader has had enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except Exception as error:
@@ -72,7 +80,11 @@ def _report(program: str, error: Exception) -> int:
         return _fail(program, str(error), code)
     if isinstance(error, OSError):
         return _fail(program, f"{error.filename or ''} {error.strerror or error}".strip(), 1)
-    return _fail(program, f"internal error: {type(error).__name__}: {' '.join(str(error).split())[:300]} (please report it; {DEBUG_VARIABLE}=1 shows where)", 1)
+    return _fail(
+        program,
+        f"internal error: {type(error).__name__}: {' '.join(str(error).split())[:300]} (please report it; {DEBUG_VARIABLE}=1 shows where)",
+        1,
+    )
 
 
 def _fail(program: str, text: str, code: int) -> int:

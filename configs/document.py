@@ -3,6 +3,7 @@
 YAML 1.2 core scalars, unlike PyYAML's 1.1: `on`, `yes` and `12:30` stay strings, `1e-3` is a number. Duplicate keys,
 anchors and tags are refused: each has hidden a wrong setting from somebody.
 """
+
 from __future__ import annotations
 
 import os
@@ -70,7 +71,9 @@ def read_document(path: Path, environ: Mapping[str, str] = os.environ) -> Node:
     try:
         text = data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise ConfigError([f"{path} is not UTF-8 text (byte {error.start} is 0x{data[error.start]:02x}); save it as UTF-8"]) from None
+        raise ConfigError(
+            [f"{path} is not UTF-8 text (byte {error.start} is 0x{data[error.start]:02x}); save it as UTF-8"]
+        ) from None
     return parse_document(text, str(path), environ)
 
 
@@ -110,11 +113,18 @@ def _compose(text: str, name: str) -> yaml.Node | None:
 
 def _line(mark: yaml.Mark) -> str:
     start = mark.buffer.rfind("\n", 0, mark.pointer) + 1 if mark.buffer else 0
-    return mark.buffer[start:mark.pointer + 1] if mark.buffer else ""
+    return mark.buffer[start : mark.pointer + 1] if mark.buffer else ""
 
 
-def _convert(node: yaml.Node, name: str, environ: Mapping[str, str], *, depth: int, lines: bool = True,
-             seen: set[int] | None = None) -> Node:
+def _convert(
+    node: yaml.Node,
+    name: str,
+    environ: Mapping[str, str],
+    *,
+    depth: int,
+    lines: bool = True,
+    seen: set[int] | None = None,
+) -> Node:
     seen = set() if seen is None else seen
     place = f"{name}:{node.start_mark.line + 1}" if lines else name
     if id(node) in seen:
@@ -133,7 +143,9 @@ def _convert(node: yaml.Node, name: str, environ: Mapping[str, str], *, depth: i
     return _scalar_node(node.value, place, environ, quoted=quoted)
 
 
-def _convert_mapping(node: yaml.MappingNode, name: str, environ: Mapping[str, str], *, depth: int, lines: bool, seen: set[int]) -> Node:
+def _convert_mapping(
+    node: yaml.MappingNode, name: str, environ: Mapping[str, str], *, depth: int, lines: bool, seen: set[int]
+) -> Node:
     place = f"{name}:{node.start_mark.line + 1}" if lines else name
     result: dict[str, Node] = {}
     places: dict[str, str] = {}
@@ -160,7 +172,9 @@ def _scalar_node(text: str, place: str, environ: Mapping[str, str], *, quoted: b
     def substitute(match: re.Match[str]) -> str:
         variable = match.group(1)
         if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", variable):
-            raise ConfigError([f"{place} has {match.group(0)}, expected the name of an environment variable, as ${{MQTT_PASS}}"])
+            raise ConfigError(
+                [f"{place} has {match.group(0)}, expected the name of an environment variable, as ${{MQTT_PASS}}"]
+            )
         if variable not in environ:
             raise ConfigError([f"{place} needs the environment variable {variable}, which is not set"])
         return environ[variable]
@@ -172,9 +186,20 @@ def _scalar_node(text: str, place: str, environ: Mapping[str, str], *, quoted: b
 _INT = re.compile(r"[-+]?[0-9]+|0o[0-7]+|0x[0-9a-fA-F]+")
 _FLOAT = re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?")
 _WORDS: dict[str, Scalar] = {
-    "": None, "~": None, "null": None, "Null": None, "NULL": None,
-    "true": True, "True": True, "TRUE": True, "false": False, "False": False, "FALSE": False,
-    ".inf": float("inf"), "-.inf": float("-inf"), ".nan": float("nan"),
+    "": None,
+    "~": None,
+    "null": None,
+    "Null": None,
+    "NULL": None,
+    "true": True,
+    "True": True,
+    "TRUE": True,
+    "false": False,
+    "False": False,
+    "FALSE": False,
+    ".inf": float("inf"),
+    "-.inf": float("-inf"),
+    ".nan": float("nan"),
 }
 
 

@@ -1,4 +1,5 @@
 """Turns pydantic's validation errors into lines that name the place, the key, the value and what was expected."""
+
 from __future__ import annotations
 
 import difflib
@@ -79,7 +80,9 @@ def _unknown_key(model: type[BaseModel], root: Node, loc: Loc) -> str:
     key = str(loc[-1])
     known = sorted(_known_fields(model, root, loc[:-1]))
     hint = _did_you_mean(key, known) or (f", expected one of {', '.join(known)}" if known else "")
-    return f"{parent.key_places.get(key, parent.place)} {dotted + '.' if dotted else ''}{key} is not a known setting{hint}"
+    return (
+        f"{parent.key_places.get(key, parent.place)} {dotted + '.' if dotted else ''}{key} is not a known setting{hint}"
+    )
 
 
 def _expected(problem: ErrorDetails) -> str:
@@ -116,7 +119,11 @@ def _models_at(model: type[BaseModel], root: Node, loc: Loc) -> list[type[BaseMo
     node: Node | None = root
     for key in loc:
         if node is not None and _is_tag(node, key) and not any(str(key) in m.model_fields for m in found):
-            found = [m for m in found if any(f.default == key or key in typing.get_args(f.annotation) for f in m.model_fields.values())] or found
+            found = [
+                m
+                for m in found
+                if any(f.default == key or key in typing.get_args(f.annotation) for f in m.model_fields.values())
+            ] or found
             continue
         nested: list[type[BaseModel]] = []
         for candidate in found:

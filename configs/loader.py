@@ -3,6 +3,7 @@
 Precedence: command line `--set a.b=c` > environment `PREFIX__A__B=c` > file > default. Every problem is one line
 `place key is value, expected ...`, with the nearest known name where a key is unknown.
 """
+
 from __future__ import annotations
 
 import json
@@ -80,16 +81,24 @@ def _place(root: Node, keys: list[str], node: Node) -> None:
     current = root
     for key in keys[:-1]:
         if not isinstance(current.value, dict):
-            raise ConfigError([f"{node.place}: {'.'.join(keys)} has no sub-keys, because {current.place} holds the value {current.shown()}"])
+            raise ConfigError(
+                [
+                    f"{node.place}: {'.'.join(keys)} has no sub-keys, because {current.place} holds the value {current.shown()}"
+                ]
+            )
         current = current.value.setdefault(key, Node({}, node.place, "{}"))
     if not isinstance(current.value, dict):
-        raise ConfigError([f"{node.place}: {'.'.join(keys)} has no sub-keys, because {current.place} holds the value {current.shown()}"])
+        raise ConfigError(
+            [
+                f"{node.place}: {'.'.join(keys)} has no sub-keys, because {current.place} holds the value {current.shown()}"
+            ]
+        )
     current.value[keys[-1]] = node
     current.key_places[keys[-1]] = node.place
 
 
 def _validate(model: type[S], root: Node) -> S:
-    for _ in range(8):      # each round re-reads the loosely typed values that the last one refused
+    for _ in range(8):  # each round re-reads the loosely typed values that the last one refused
         try:
             # JSON mode is the strict mode that still accepts a list for a tuple and a string for a path.
             return model.model_validate_json(json.dumps(_finite(root.plain())), strict=True)

@@ -1,4 +1,5 @@
 """Finds a settings file: a path of the user's, or one of the files that ship inside this package."""
+
 from __future__ import annotations
 
 import difflib
@@ -35,4 +36,8 @@ def find(name: str | Path, kind: str) -> Path:
     names = shipped_names(kind)
     match = difflib.get_close_matches(inside.name, names, n=1)
     hint = f", did you mean '{match[0]}'?" if match else ""
-    raise ConfigError([f"{name}: no such settings file, and no shipped {kind} settings of that name (shipped: {', '.join(names)}){hint}"])
+    raise ConfigError(
+        [
+            f"{name}: no such settings file, and no shipped {kind} settings of that name (shipped: {', '.join(names)}){hint}"
+        ]
+    )

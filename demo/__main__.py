@@ -4,6 +4,7 @@ The film to learn from holds three part types and a few scratched ones, unlabell
 a foreign object, which the model never saw. Exit code 0: at least 90 % of what was planted is flagged, at most 3 % of the good
 parts are, and every published message was received.
 """
+
 from __future__ import annotations
 
 import argparse
@@ -88,13 +89,24 @@ def run(*words: str) -> None:
 def run_line(port: int) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """Runs line and subscriber; returns the line's report and every payload that the subscriber got."""
     override = ("--set", f"mqtt.port={port}")
-    print(f"    $ edge-dkm watch demo --json {' '.join(override)} &\n    $ edge-dkm run demo --json {' '.join(override)}", flush=True)
+    print(
+        f"    $ edge-dkm watch demo --json {' '.join(override)} &\n    $ edge-dkm run demo --json {' '.join(override)}",
+        flush=True,
+    )
     received = OUT / "received.jsonl"
-    with received.open("w") as file, subprocess.Popen(command("edge-dkm", "watch", "demo", "--json", "--wait", "60", *override), stdout=file,
-                                                      stderr=subprocess.DEVNULL) as watcher:
-        line = subprocess.run(command("edge-dkm", "run", "demo", "--json", *override), stdout=subprocess.PIPE, text=True, check=False)
+    with (
+        received.open("w") as file,
+        subprocess.Popen(
+            command("edge-dkm", "watch", "demo", "--json", "--wait", "60", *override),
+            stdout=file,
+            stderr=subprocess.DEVNULL,
+        ) as watcher,
+    ):
+        line = subprocess.run(
+            command("edge-dkm", "run", "demo", "--json", *override), stdout=subprocess.PIPE, text=True, check=False
+        )
         with contextlib.suppress(subprocess.TimeoutExpired):
-            watcher.wait(10)        # it ends when the broker does
+            watcher.wait(10)  # it ends when the broker does
         watcher.terminate()
     if line.returncode:
         sys.exit(f"FAIL: edge-dkm run ended with exit code {line.returncode}")
@@ -114,7 +126,9 @@ def name_clusters(folder: Path, kinds: list[str]) -> None:
     for cluster, kind_counts in sorted(shown.items()):
         kind, n = kind_counts.most_common(1)[0]
         print(f"    cluster {cluster}: {n} of {kind_counts.total()} are {kind}")
-        lines.append(f"  {cluster}: {{name: {kind if len(shown) == len({c.most_common(1)[0][0] for c in shown.values()}) else f'{kind}-{cluster}'}}}")
+        lines.append(
+            f"  {cluster}: {{name: {kind if len(shown) == len({c.most_common(1)[0][0] for c in shown.values()}) else f'{kind}-{cluster}'}}}"
+        )
     (folder / "labels.yaml").write_text("\n".join(lines) + "\n")
 
 

@@ -1,4 +1,5 @@
 """Films a drawn conveyor: an MP4 for the camera, and the list of what was planted in a file that trainer and line never read."""
+
 from __future__ import annotations
 
 import json

@@ -1,4 +1,5 @@
 """Compares what the line published with what was planted in the film."""
+
 from __future__ import annotations
 
 from collections import Counter
@@ -17,7 +18,7 @@ class Verdicts:
 
     parts: int
     seen: int
-    by_kind: dict[str, tuple[int, int]]         # kind of defect, or good -> (flagged, all)
+    by_kind: dict[str, tuple[int, int]]  # kind of defect, or good -> (flagged, all)
     clusters: dict[str, int]
     verdicts: dict[str, int]
     published: int
@@ -37,27 +38,48 @@ class Verdicts:
         """Whether the line does what the demo promises."""
         flagged, planted = self.planted
         false, good = self.by_kind["good"]
-        return (good >= MIN_GOOD and planted >= MIN_PLANTED and self.seen == self.parts and flagged >= MIN_FLAGGED * planted and false <= MAX_FALSE * good
-                and self.published == self.received and not self.has_gaps)
+        return (
+            good >= MIN_GOOD
+            and planted >= MIN_PLANTED
+            and self.seen == self.parts
+            and flagged >= MIN_FLAGGED * planted
+            and false <= MAX_FALSE * good
+            and self.published == self.received
+            and not self.has_gaps
+        )
 
     def table(self) -> str:
         """For people."""
         flagged, planted = self.planted
         false, good = self.by_kind["good"]
-        kinds = ", ".join(f"{kind} {n} of {total}" for kind, (n, total) in sorted(self.by_kind.items()) if kind != "good")
+        kinds = ", ".join(
+            f"{kind} {n} of {total}" for kind, (n, total) in sorted(self.by_kind.items()) if kind != "good"
+        )
         commit = self.latency_ms.get("capture to commit", {})
         infer = self.latency_ms.get("infer", {})
-        rows = [("parts on the belt / seen", f"{self.parts} / {self.seen}", "equal"),
-                ("clusters", ", ".join(f"{name} {n}" for name, n in sorted(self.clusters.items())), ""),
-                ("verdicts", ", ".join(f"{name} {n}" for name, n in sorted(self.verdicts.items())), ""),
-                ("planted parts flagged", f"{flagged} of {planted} ({flagged / planted:.1%}): {kinds}", f">= {MIN_FLAGGED:.0%}"),
-                ("good parts falsely flagged", f"{false} of {good} ({false / good:.1%})", f"<= {MAX_FALSE:.0%}"),
-                ("messages published / received", f"{self.published} / {self.received} (+ {self.duplicates} duplicates)", "equal"),
-                ("cseq without holes", "no" if self.has_gaps else "yes", "yes"),
-                ("inference p50 / p99", f"{infer.get('p50', 0):.1f} / {infer.get('p99', 0):.1f} ms", ""),
-                ("frame to commit p50 / p99", f"{commit.get('p50', 0):.1f} / {commit.get('p99', 0):.1f} ms", "")]
+        rows = [
+            ("parts on the belt / seen", f"{self.parts} / {self.seen}", "equal"),
+            ("clusters", ", ".join(f"{name} {n}" for name, n in sorted(self.clusters.items())), ""),
+            ("verdicts", ", ".join(f"{name} {n}" for name, n in sorted(self.verdicts.items())), ""),
+            (
+                "planted parts flagged",
+                f"{flagged} of {planted} ({flagged / planted:.1%}): {kinds}",
+                f">= {MIN_FLAGGED:.0%}",
+            ),
+            ("good parts falsely flagged", f"{false} of {good} ({false / good:.1%})", f"<= {MAX_FALSE:.0%}"),
+            (
+                "messages published / received",
+                f"{self.published} / {self.received} (+ {self.duplicates} duplicates)",
+                "equal",
+            ),
+            ("cseq without holes", "no" if self.has_gaps else "yes", "yes"),
+            ("inference p50 / p99", f"{infer.get('p50', 0):.1f} / {infer.get('p99', 0):.1f} ms", ""),
+            ("frame to commit p50 / p99", f"{commit.get('p50', 0):.1f} / {commit.get('p99', 0):.1f} ms", ""),
+        ]
         width = max(len(row[0]) for row in rows)
-        return "\n" + "\n".join(f"  {name:<{width}}  {value}{f'   [{wanted}]' if wanted else ''}" for name, value, wanted in rows)
+        return "\n" + "\n".join(
+            f"  {name:<{width}}  {value}{f'   [{wanted}]' if wanted else ''}" for name, value, wanted in rows
+        )
 
 
 def judge(planted: list[PlannedPart], messages: list[dict[str, Any]], report: dict[str, Any]) -> Verdicts:
@@ -74,7 +96,14 @@ def judge(planted: list[PlannedPart], messages: list[dict[str, Any]], report: di
         count[1] += 1
     cseqs = sorted(r["cseq"] for r in results)
     return Verdicts(
-        parts=len(planted), seen=len(results), by_kind={kind: (n, total) for kind, (n, total) in by_kind.items()},
-        clusters=dict(Counter(r["cluster"]["name"] for r in results if "cluster" in r)), verdicts=dict(Counter(r["verdict"] for r in results)),
-        published=report["parts"] + report["bad"], received=len(results), duplicates=len(copies) - len(results),
-        has_gaps=cseqs != list(range(1, len(cseqs) + 1)), latency_ms=report["latency_ms"])
+        parts=len(planted),
+        seen=len(results),
+        by_kind={kind: (n, total) for kind, (n, total) in by_kind.items()},
+        clusters=dict(Counter(r["cluster"]["name"] for r in results if "cluster" in r)),
+        verdicts=dict(Counter(r["verdict"] for r in results)),
+        published=report["parts"] + report["bad"],
+        received=len(results),
+        duplicates=len(copies) - len(results),
+        has_gaps=cseqs != list(range(1, len(cseqs) + 1)),
+        latency_ms=report["latency_ms"],
+    )

@@ -2,6 +2,7 @@
 
 `edge_dkm.pipeline` starts one per camera of a line; `observe` alone serves `edge-dkm record`, which wants every frame.
 """
+
 from __future__ import annotations
 
 import logging
@@ -68,7 +69,9 @@ class Capture(threading.Thread):
     `changed` is called when the camera goes online or offline; `ended` is set when a recorded source is finished, or failed for good.
     """
 
-    def __init__(self, name: str, settings: CameraSettings, emit: Callable[[str, Shot], None], changed: Callable[[str], None]) -> None:
+    def __init__(
+        self, name: str, settings: CameraSettings, emit: Callable[[str, Shot], None], changed: Callable[[str], None]
+    ) -> None:
         super().__init__(name=f"cam:{name}", daemon=True)
         self.camera, self.settings = name, settings
         self.ended = threading.Event()
@@ -152,7 +155,10 @@ class Capture(threading.Thread):
             self._fps, self._window = (counted + 1) / (now_s - started_s), (now_s, 0)
         if observation.frame.fault is None:
             if self.frame_size is not None and observation.full_size != self.frame_size:
-                raise CameraError("C-CHANGED", f"frames were {_size(self.frame_size)} and are now {_size(observation.full_size)}; another camera or mode?")
+                raise CameraError(
+                    "C-CHANGED",
+                    f"frames were {_size(self.frame_size)} and are now {_size(observation.full_size)}; another camera or mode?",
+                )
             self.frame_size = observation.full_size
         if self._state != "online":
             self._go("online", None)
@@ -160,9 +166,15 @@ class Capture(threading.Thread):
     def _go(self, state: CameraState, error: CameraError | None) -> None:
         code = error.code if error else None
         if (state, code) == (self._state, self._code):
-            return      # the tenth failed attempt says nothing that the first did not
+            return  # the tenth failed attempt says nothing that the first did not
         self._state, self._code, self._detail = state, code, str(error) if error else None
-        log.log(logging.WARNING if error else logging.INFO, "camera %s is %s%s", self.camera, state, f": {error}" if error else "")
+        log.log(
+            logging.WARNING if error else logging.INFO,
+            "camera %s is %s%s",
+            self.camera,
+            state,
+            f": {error}" if error else "",
+        )
         self._changed(self.camera)
 
 

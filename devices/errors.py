@@ -4,6 +4,7 @@ DeviceError
 ├── CameraError     a camera or its settings: exit code 4
 └── ProviderError   an execution provider that is not installed: exit code 2
 """
+
 from __future__ import annotations
 
 

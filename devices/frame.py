@@ -1,4 +1,5 @@
 """One picture from a camera, the clockwork that paces recorded material, and cutting out the region of interest."""
+
 from __future__ import annotations
 
 import threading
@@ -54,8 +55,10 @@ class Cropper:
         x, y, w, h = self.roi
         height, width = frame.image.shape[:2]
         if x + w > width or y + h > height:
-            raise CameraError("C-ROI", f"roi {x},{y},{w},{h} reaches to {x + w},{y + h}, but the frames are {width}x{height}")
-        return replace(frame, image=np.ascontiguousarray(frame.image[y:y + h, x:x + w]))
+            raise CameraError(
+                "C-ROI", f"roi {x},{y},{w},{h} reaches to {x + w},{y + h}, but the frames are {width}x{height}"
+            )
+        return replace(frame, image=np.ascontiguousarray(frame.image[y : y + h, x : x + w]))
 
 
 class Pacer:

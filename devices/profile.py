@@ -1,4 +1,5 @@
 """Device profiles: one execution target = one YAML under configs/device/. Read by the line, the exporter and bench."""
+
 from __future__ import annotations
 
 from pathlib import Path

@@ -1,4 +1,5 @@
 """Which execution providers this machine's onnxruntime has, and whether they are those a profile asks for."""
+
 from __future__ import annotations
 
 from importlib import metadata
@@ -10,7 +11,11 @@ from devices.profile import DeviceProfile
 
 # The builds of onnxruntime; all of them install into the same folder and overwrite each other.
 BUILDS = ("onnxruntime", "onnxruntime-gpu", "onnxruntime-openvino", "onnxruntime-directml", "onnxruntime-qnn")
-_BUILD_OF = {"OpenVINOExecutionProvider": "onnxruntime-openvino", "CUDAExecutionProvider": "onnxruntime-gpu", "TensorrtExecutionProvider": "onnxruntime-gpu"}
+_BUILD_OF = {
+    "OpenVINOExecutionProvider": "onnxruntime-openvino",
+    "CUDAExecutionProvider": "onnxruntime-gpu",
+    "TensorrtExecutionProvider": "onnxruntime-gpu",
+}
 
 
 def available_providers() -> list[str]:
@@ -33,10 +38,14 @@ def check_providers(profile: DeviceProfile, *, strict: bool) -> None:
     """Raises ProviderError where a provider of the profile is not installed (with `strict`), or two builds are installed at once."""
     builds = installed_builds()
     if len(builds) > 1:
-        raise ProviderError(f"this environment has {' and '.join(builds)}, which overwrite each other's files; uninstall all, then install the one you need")
+        raise ProviderError(
+            f"this environment has {' and '.join(builds)}, which overwrite each other's files; uninstall all, then install the one you need"
+        )
     available = available_providers()
     missing = [provider for provider in profile.providers if provider not in available]
     if missing and strict:
         build = _BUILD_OF.get(missing[0], "an onnxruntime build with it")
-        raise ProviderError(f"device asks for {missing[0]}, which is not installed (this onnxruntime has {', '.join(available)}); "
-                            f"replace onnxruntime by {build}, choose device: cpu, or set strict_provider: false")
+        raise ProviderError(
+            f"device asks for {missing[0]}, which is not installed (this onnxruntime has {', '.join(available)}); "
+            f"replace onnxruntime by {build}, choose device: cpu, or set strict_provider: false"
+        )

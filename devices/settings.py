@@ -1,4 +1,5 @@
 """Settings of one camera: where frames come from, which part of them counts, when a frame is inspected."""
+
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Annotated, Literal, Union
@@ -12,10 +13,15 @@ from devices.triggers.free import FreeSettings
 
 if TYPE_CHECKING:
     AnyTrigger = TriggerSettings
-else:       # the registry decides at run time what may stand here
-    AnyTrigger = Annotated[Union[(*(trigger.Settings for trigger in TRIGGERS.values()), PlannedTriggerSettings)], Field(discriminator="kind")]
+else:  # the registry decides at run time what may stand here
+    AnyTrigger = Annotated[
+        Union[(*(trigger.Settings for trigger in TRIGGERS.values()), PlannedTriggerSettings)],
+        Field(discriminator="kind"),
+    ]
 
-RoiBox = tuple[Annotated[int, Field(ge=0)], Annotated[int, Field(ge=0)], Annotated[int, Field(ge=1)], Annotated[int, Field(ge=1)]]
+RoiBox = tuple[
+    Annotated[int, Field(ge=0)], Annotated[int, Field(ge=0)], Annotated[int, Field(ge=1)], Annotated[int, Field(ge=1)]
+]
 
 
 class CameraSettings(Settings):
@@ -45,5 +51,7 @@ class CameraSettings(Settings):
             x, y, w, h = region
             left, top, width, height = self.roi
             if x < left or y < top or x + w > left + width or y + h > top + height:
-                raise ValueError(f"trigger.region {list(region)} does not lie inside roi {list(self.roi)} (both in frame pixels)")
+                raise ValueError(
+                    f"trigger.region {list(region)} does not lie inside roi {list(self.roi)} (both in frame pixels)"
+                )
         return self

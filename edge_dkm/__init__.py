@@ -1,10 +1,21 @@
 """The edge runtime: inspect frames with an exported model, keep every result, publish it over MQTT."""
+
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
 __version__ = "0.1.0"
-__all__ = ["EdgeError", "FrameError", "Inspection", "InspectionError", "Inspector", "ModelError", "Policy", "Runtime", "__version__"]
+__all__ = [
+    "EdgeError",
+    "FrameError",
+    "Inspection",
+    "InspectionError",
+    "Inspector",
+    "ModelError",
+    "Policy",
+    "Runtime",
+    "__version__",
+]
 
 if TYPE_CHECKING:
     from edge_dkm.decision import Policy
@@ -12,8 +23,14 @@ if TYPE_CHECKING:
     from edge_dkm.inspector import Inspection, Inspector, Runtime
 
 _HOMES = {
-    "Inspector": "inspector", "Inspection": "inspector", "Runtime": "inspector", "Policy": "decision",
-    "EdgeError": "errors", "FrameError": "errors", "InspectionError": "errors", "ModelError": "errors",
+    "Inspector": "inspector",
+    "Inspection": "inspector",
+    "Runtime": "inspector",
+    "Policy": "decision",
+    "EdgeError": "errors",
+    "FrameError": "errors",
+    "InspectionError": "errors",
+    "ModelError": "errors",
 }
 
 

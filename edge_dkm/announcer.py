@@ -1,4 +1,5 @@
 """Builds and announces what a running line says about itself: info, state, health, cameras. Called by the supervisor."""
+
 from __future__ import annotations
 
 import platform
@@ -43,7 +44,11 @@ class Announcer:
     def state_now(self) -> None:
         """The state as the cameras and the delivery make it."""
         line = self._line
-        offline = [name for name, capture in line.captures.items() if capture.status().state != "online" and not capture.ended.is_set()]
+        offline = [
+            name
+            for name, capture in line.captures.items()
+            if capture.status().state != "online" and not capture.ended.is_set()
+        ]
         problem = line.publisher.status().problem
         free_mb = line.folder.free_mb()
         if free_mb < MIN_FREE_MB:
@@ -52,7 +57,9 @@ class Announcer:
             self._announce_state("degraded", "M-DELIVERY", problem)
         elif offline and any(line.captures[name].status().code for name in offline):
             name = next(name for name in offline if line.captures[name].status().code)
-            self._announce_state("degraded", line.captures[name].status().code or "C-LOST", line.captures[name].status().detail or name)
+            self._announce_state(
+                "degraded", line.captures[name].status().code or "C-LOST", line.captures[name].status().detail or name
+            )
         elif offline:
             self._announce_state("ready")
         else:
@@ -68,8 +75,12 @@ class Announcer:
         self._state = (state, code)
         since = rfc3339(utc_now())
         reason = {"code": code, "detail": (detail or "")[:300]} if code else None
-        self._line.publisher.announce(f"{self._base}/state", lambda session: State.model_validate(
-            {**self._common(session), "state": state, "since": since, "reason": reason}))
+        self._line.publisher.announce(
+            f"{self._base}/state",
+            lambda session: State.model_validate(
+                {**self._common(session), "state": state, "since": since, "reason": reason}
+            ),
+        )
 
     def info(self) -> None:
         """Models, clusters, providers, cameras, versions."""
@@ -80,19 +91,41 @@ class Announcer:
         cameras: dict[str, Any] = {}
         for name, capture in line.captures.items():
             width, height = capture.frame_size or (None, None)
-            cameras[name] = {"kind": source_kind(capture.settings.source)[0], "w": width, "h": height, "roi": capture.settings.roi}
+            cameras[name] = {
+                "kind": source_kind(capture.settings.source)[0],
+                "w": width,
+                "h": height,
+                "roi": capture.settings.roi,
+            }
         delivery = {"mode": line.settings.delivery.mode, "order": line.settings.delivery.order}
         versions = {"edge_dkm": __version__, "onnxruntime": ort.__version__, "python": platform.python_version()}
-        line.publisher.announce(f"{self._base}/info", lambda session: Info.model_validate({
-            **self._common(session), "model": model.model_dump(), "clusters": clusters,
-            "providers": {"requested": list(inspector.runtime.providers), "actual": inspector.providers}, "precision": "fp32",
-            "cameras": cameras, "delivery": delivery, "schemas": list(MESSAGES), "versions": versions}))
+        line.publisher.announce(
+            f"{self._base}/info",
+            lambda session: Info.model_validate(
+                {
+                    **self._common(session),
+                    "model": model.model_dump(),
+                    "clusters": clusters,
+                    "providers": {"requested": list(inspector.runtime.providers), "actual": inspector.providers},
+                    "precision": "fp32",
+                    "cameras": cameras,
+                    "delivery": delivery,
+                    "schemas": list(MESSAGES),
+                    "versions": versions,
+                }
+            ),
+        )
 
     def camera(self, name: str) -> None:
         """How one camera is."""
         capture = self._line.captures[name]
-        self._line.publisher.announce(f"{self._base}/{name}/health", lambda session: CameraHealth.model_validate(
-            {**self._common(session), "camera": name, **_camera_fields(capture.status())}), qos=0)
+        self._line.publisher.announce(
+            f"{self._base}/{name}/health",
+            lambda session: CameraHealth.model_validate(
+                {**self._common(session), "camera": name, **_camera_fields(capture.status())}
+            ),
+            qos=0,
+        )
 
     def health(self) -> None:
         """Stages, counters, outbox, disk, memory, clock."""
@@ -105,11 +138,19 @@ class Announcer:
         stages |= {name: stage.health() for name, stage in line.pipeline.stages.items()} | {"mqtt": self._mqtt.health()}
         outbox = line.outbox.status()
         fields = {
-            "uptime_s": round(time.monotonic() - self._started_s, 1), "epoch": line.outbox.epoch, "last": line.outbox.last_cseq(),
-            "stages": stages, "counters": {name: tally.counters() for name, tally in line.pipeline.tallies.items()},
+            "uptime_s": round(time.monotonic() - self._started_s, 1),
+            "epoch": line.outbox.epoch,
+            "last": line.outbox.last_cseq(),
+            "stages": stages,
+            "counters": {name: tally.counters() for name, tally in line.pipeline.tallies.items()},
             "outbox": {"rows": outbox.rows, "bytes": outbox.bytes, "oldest_s": round(outbox.oldest_s, 1)},
-            "disk_free_mb": line.folder.free_mb(), "rss_mb": rss_mb(), "clock_synced": is_synced()}
-        line.publisher.tell(f"{self._base}/health", lambda session: Health.model_validate({**self._common(session), **fields}))
+            "disk_free_mb": line.folder.free_mb(),
+            "rss_mb": rss_mb(),
+            "clock_synced": is_synced(),
+        }
+        line.publisher.tell(
+            f"{self._base}/health", lambda session: Health.model_validate({**self._common(session), **fields})
+        )
 
     def _common(self, session: int) -> dict[str, Any]:
         return {"ts": rfc3339(utc_now()), "station": self._station, "session": session}
@@ -117,9 +158,17 @@ class Announcer:
 
 def _camera_stage(status: CameraStatus) -> StageHealth:
     age_s = (status.frame_age_ms or 0) / 1000
-    state: Literal["ok", "degraded", "stuck"] = "degraded" if status.state != "online" else "stuck" if age_s > STUCK_S else "ok"
+    state: Literal["ok", "degraded", "stuck"] = (
+        "degraded" if status.state != "online" else "stuck" if age_s > STUCK_S else "ok"
+    )
     return StageHealth(state=state, count=status.frames, age_s=age_s)
 
 
 def _camera_fields(status: CameraStatus) -> dict[str, Any]:
-    return {"state": status.state, "code": status.code, "fps": status.fps, "frame_age_ms": status.frame_age_ms, "reconnects": status.reconnects}
+    return {
+        "state": status.state,
+        "code": status.code,
+        "fps": status.fps,
+        "frame_age_ms": status.frame_age_ms,
+        "reconnects": status.reconnects,
+    }

@@ -1,4 +1,5 @@
 """`edge-dkm bench`: how long this device takes with this model, and how much memory."""
+
 from __future__ import annotations
 
 import time
@@ -32,9 +33,11 @@ class BenchReport:
 
     def text(self) -> str:
         """For people."""
-        return (f"model     {self.model} on {', '.join(self.providers)}, frames of {self.size[0]}x{self.size[1]}\n"
-                f"inspect   p50 {self.p50_ms:.2f} ms, p99 {self.p99_ms:.2f} ms, {self.frames_per_s:.1f} frames/s over {self.frames} frames\n"
-                f"memory    {self.rss_mb} MB")
+        return (
+            f"model     {self.model} on {', '.join(self.providers)}, frames of {self.size[0]}x{self.size[1]}\n"
+            f"inspect   p50 {self.p50_ms:.2f} ms, p99 {self.p99_ms:.2f} ms, {self.frames_per_s:.1f} frames/s over {self.frames} frames\n"
+            f"memory    {self.rss_mb} MB"
+        )
 
 
 def bench(inspector: Inspector, size: tuple[int, int] | None, frames: int) -> BenchReport:
@@ -51,5 +54,13 @@ def bench(inspector: Inspector, size: tuple[int, int] | None, frames: int) -> Be
         started = time.perf_counter()
         inspector.inspect(images[n % len(images)])
         taken_ms[n] = (time.perf_counter() - started) * 1000
-    return BenchReport(inspector.metadata.model_id, inspector.providers, (width, height), frames, round(float(np.percentile(taken_ms, 50)), 3),
-                       round(float(np.percentile(taken_ms, 99)), 3), round(1000 / float(taken_ms.mean()), 1), rss_mb())
+    return BenchReport(
+        inspector.metadata.model_id,
+        inspector.providers,
+        (width, height),
+        frames,
+        round(float(np.percentile(taken_ms, 50)), 3),
+        round(float(np.percentile(taken_ms, 99)), 3),
+        round(1000 / float(taken_ms.mean()), 1),
+        rss_mb(),
+    )

@@ -1,4 +1,5 @@
 """What `edge-dkm check` and `doctor` look at: one line per thing, with what is wrong and what to do."""
+
 from __future__ import annotations
 
 import platform
@@ -46,7 +47,10 @@ def check_line(settings: LineSettings) -> Iterator[Finding]:
     try:
         inspectors = load_models(settings)
         one = next(iter(inspectors.values()))
-        yield Finding("model", f"{one.metadata.model_id} {one.file.sha256[:12]}, {one.metadata.n_clusters} clusters, golden images agree on {one.providers[0]}")
+        yield Finding(
+            "model",
+            f"{one.metadata.model_id} {one.file.sha256[:12]}, {one.metadata.n_clusters} clusters, golden images agree on {one.providers[0]}",
+        )
     except (EdgeError, DeviceError) as error:
         yield _failed("model", error)
     for name, camera in settings.cameras.items():
@@ -63,10 +67,16 @@ def _camera(name: str, camera: CameraSettings, inspector: Inspector | None) -> F
         finally:
             source.close()
         if frame is None or frame.fault is not None:
-            raise CameraError("C-LOST", f"{mask(camera.source)} gives no usable frame" + (f": {frame.fault.detail}" if frame and frame.fault else ""))
+            raise CameraError(
+                "C-LOST",
+                f"{mask(camera.source)} gives no usable frame"
+                + (f": {frame.fault.detail}" if frame and frame.fault else ""),
+            )
         height, width = frame.image.shape[:2]
         if camera.roi is not None and (camera.roi[0] + camera.roi[2] > width or camera.roi[1] + camera.roi[3] > height):
-            raise CameraError("C-ROI", f"roi {','.join(map(str, camera.roi))} does not lie inside its frames of {width}x{height}")
+            raise CameraError(
+                "C-ROI", f"roi {','.join(map(str, camera.roi))} does not lie inside its frames of {width}x{height}"
+            )
         problem = frame_problem(name, camera, inspector.metadata.input, (width, height)) if inspector else None
         if problem is not None:
             raise UsageError(problem)
@@ -98,18 +108,30 @@ def _failed(what: str, error: Exception) -> Finding:
 
 def examine() -> Iterator[Finding]:
     """What `doctor` reports of this machine."""
-    yield Finding("python", f"{platform.python_version()} on {platform.platform()}", 0 if sys.version_info >= (3, 11) else 1)
+    yield Finding(
+        "python", f"{platform.python_version()} on {platform.platform()}", 0 if sys.version_info >= (3, 11) else 1
+    )
     for name in REQUIRED:
         version = _version(name)
         yield Finding(name, version or f"not installed; pip install {name}", 0 if version else 1)
     builds = [f"{name} {version}" for name in OPENCV_BUILDS if (version := _version(name))]
-    yield Finding("opencv", " and ".join(builds) + (": they share the folder cv2 and overwrite each other; uninstall all but one" if len(builds) > 1 else ""),
-                  0 if len(builds) == 1 else 1)
+    yield Finding(
+        "opencv",
+        " and ".join(builds)
+        + (": they share the folder cv2 and overwrite each other; uninstall all but one" if len(builds) > 1 else ""),
+        0 if len(builds) == 1 else 1,
+    )
     runtimes = installed_builds()
-    yield Finding("onnxruntime", " and ".join(runtimes) + (": they overwrite each other; uninstall all, then install one" if len(runtimes) > 1 else ""),
-                  0 if len(runtimes) == 1 else 1)
+    yield Finding(
+        "onnxruntime",
+        " and ".join(runtimes)
+        + (": they overwrite each other; uninstall all, then install one" if len(runtimes) > 1 else ""),
+        0 if len(runtimes) == 1 else 1,
+    )
     yield Finding("providers", ", ".join(available_providers()))
-    yield Finding("gstreamer", "yes" if _has_gstreamer() else "no: wheels of OpenCV come without it; RTSP goes through FFmpeg")
+    yield Finding(
+        "gstreamer", "yes" if _has_gstreamer() else "no: wheels of OpenCV come without it; RTSP goes through FFmpeg"
+    )
     yield Finding("mosquitto", find_mosquitto() or "not installed: mqtt.host embedded falls back to amqtt (MQTT 3.1.1)")
     videos = sorted(str(path) for path in Path("/dev").glob("video*"))
     yield Finding("usb cameras", ", ".join(videos) or "none")

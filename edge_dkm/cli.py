@@ -1,4 +1,5 @@
 """The command line `edge-dkm`. Heavy modules are imported inside the commands: `--help` answers at once."""
+
 from __future__ import annotations
 
 import argparse
@@ -21,9 +22,13 @@ SCHEMAS = ("config", "result", "gap", "status", "info", "state", "health", "came
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point; returns the exit code."""
-    parser = Parser(prog="edge-dkm", description="Inspect parts with an exported model and publish every result over MQTT.")
+    parser = Parser(
+        prog="edge-dkm", description="Inspect parts with an exported model and publish every result over MQTT."
+    )
     parser.planned = PLANNED
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=argparse.ArgumentParser)
+    commands = parser.add_subparsers(
+        dest="command", required=True, metavar="COMMAND", parser_class=argparse.ArgumentParser
+    )
 
     run = add_command(commands, "run", _run, "run a line: cameras -> model -> MQTT, until stopped")
     _add_line(run)
@@ -34,7 +39,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     record.add_argument("--out", type=Path, required=True, metavar="DIR")
     record.add_argument("--camera", metavar="NAME", help="which camera, where the line has several")
     record.add_argument("--parts", type=_positive, metavar="N", help="stop after N parts")
-    record.add_argument("--frames", choices=("one", "all"), default="one", help="one frame per part, or every frame with a part in the region")
+    record.add_argument(
+        "--frames",
+        choices=("one", "all"),
+        default="one",
+        help="one frame per part, or every frame with a part in the region",
+    )
 
     score = add_command(commands, "score", _score, "one JSON line per image")
     score.add_argument("model")
@@ -57,7 +67,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     watch = add_command(commands, "watch", _watch, "show what a station publishes")
     _add_line(watch)
     watch.add_argument("--count", type=_positive, metavar="N", help="stop after N messages")
-    watch.add_argument("--wait", type=float, default=10.0, metavar="SECONDS", help="how long to wait for the broker (default: 10)")
+    watch.add_argument(
+        "--wait", type=float, default=10.0, metavar="SECONDS", help="how long to wait for the broker (default: 10)"
+    )
 
     add_command(commands, "cameras", _cameras, "list the video devices of this machine")
     add_command(commands, "doctor", _doctor, "look over this machine")
@@ -114,9 +126,17 @@ def _record(arguments: argparse.Namespace) -> int:
     from edge_dkm.settings import load_line
 
     _log_to_stderr()
-    done = record(load_line(arguments.line, arguments.overrides), RecordOptions(arguments.out, arguments.camera, arguments.parts, arguments.frames))
+    done = record(
+        load_line(arguments.line, arguments.overrides),
+        RecordOptions(arguments.out, arguments.camera, arguments.parts, arguments.frames),
+    )
     plain = {"folder": str(done.folder), "parts": done.parts, "frames": done.frames, "faulty": done.faulty}
-    show(arguments.json, plain, f"recorded  {done.frames} frames of {done.parts} parts in {done.folder}" + (f", {done.faulty} faulty" if done.faulty else ""))
+    show(
+        arguments.json,
+        plain,
+        f"recorded  {done.frames} frames of {done.parts} parts in {done.folder}"
+        + (f", {done.faulty} faulty" if done.faulty else ""),
+    )
     return 0 if done.frames else 1
 
 
@@ -137,11 +157,28 @@ def _score(arguments: argparse.Namespace) -> int:
                 result = inspector.inspect(frame.image)
             except FrameError as error:
                 failures += 1
-                print(json.dumps({"file": str(path), "verdict": "error", "error": {"code": error.code, "detail": str(error)}}, ensure_ascii=False))
+                print(
+                    json.dumps(
+                        {"file": str(path), "verdict": "error", "error": {"code": error.code, "detail": str(error)}},
+                        ensure_ascii=False,
+                    )
+                )
                 continue
-            print(json.dumps({"file": str(path), "cluster": {"id": result.cluster.id, "name": result.cluster.name}, "verdict": result.verdict,
-                              "reason": result.reason, "distance": round(result.distance, 6), "novelty_score": round(result.novelty_score, 6),
-                              "p_value": round(result.p_value, 6), "is_novel": result.is_novel}, ensure_ascii=False))
+            print(
+                json.dumps(
+                    {
+                        "file": str(path),
+                        "cluster": {"id": result.cluster.id, "name": result.cluster.name},
+                        "verdict": result.verdict,
+                        "reason": result.reason,
+                        "distance": round(result.distance, 6),
+                        "novelty_score": round(result.novelty_score, 6),
+                        "p_value": round(result.p_value, 6),
+                        "is_novel": result.is_novel,
+                    },
+                    ensure_ascii=False,
+                )
+            )
     return 1 if failures else 0
 
 
@@ -153,8 +190,10 @@ def _verify(arguments: argparse.Namespace) -> int:
 
     with Inspector(arguments.model, runtime=runtime_of(arguments.device, strict=True)) as inspector:
         report = verify_model(inspector)
-    text = (f"verified  {report.images} golden images on {report.providers[0]}: {report.ids_compared} ids equal, "
-            f"scores within {report.max_score_difference:.1e}, distances within {report.max_distance_difference:.1e}")
+    text = (
+        f"verified  {report.images} golden images on {report.providers[0]}: {report.ids_compared} ids equal, "
+        f"scores within {report.max_score_difference:.1e}, distances within {report.max_distance_difference:.1e}"
+    )
     show(arguments.json, asdict(report), text)
     return 0
 
@@ -208,7 +247,10 @@ def _watch(arguments: argparse.Namespace) -> int:
         nonlocal seen
         seen += 1
         plain = {"topic": topic, "payload": json.loads(payload)} if arguments.json else None
-        print(json.dumps(plain, ensure_ascii=False) if plain else describe(topic, payload, settings.base_topic), flush=True)
+        print(
+            json.dumps(plain, ensure_ascii=False) if plain else describe(topic, payload, settings.base_topic),
+            flush=True,
+        )
         return arguments.count is None or seen < arguments.count
 
     watch(settings, show_one, arguments.wait)
@@ -220,8 +262,11 @@ def _cameras(arguments: argparse.Namespace) -> int:
 
     rows = list_devices()
     text = "\n".join(f"usb:{row.address}  {row.name}  {row.size[0]}x{row.size[1]}" for row in rows)
-    show(arguments.json, [{"source": f"usb:{row.address}", "name": row.name, "w": row.size[0], "h": row.size[1]} for row in rows],
-         text or "no video devices; network cameras are not listed (source: rtsp://...), and synthetic: needs none")
+    show(
+        arguments.json,
+        [{"source": f"usb:{row.address}", "name": row.name, "w": row.size[0], "h": row.size[1]} for row in rows],
+        text or "no video devices; network cameras are not listed (source: rtsp://...), and synthetic: needs none",
+    )
     return 0 if rows else 4
 
 

@@ -1,4 +1,5 @@
 """The only place that reads the wall clock. Durations use `time.monotonic`; a jump of the wall clock changes timestamps, nothing else."""
+
 from __future__ import annotations
 
 import ctypes
@@ -48,4 +49,4 @@ def is_synced() -> bool | None:
         state = ctypes.CDLL(None, use_errno=True).adjtimex(ctypes.byref(_Timex()))
     except (OSError, AttributeError):
         return None
-    return None if state < 0 else state != 5      # 5 = TIME_ERROR: not synchronised
+    return None if state < 0 else state != 5  # 5 = TIME_ERROR: not synchronised

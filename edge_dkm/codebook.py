@@ -3,6 +3,7 @@
 A station is recentred by replacing this small file; the graph and its encoder stay. Safetensors layout: 8-byte little-endian
 header length, JSON header, then the tensors' bytes. Used by `Inspector(model, codebook=...)`.
 """
+
 from __future__ import annotations
 
 import hashlib
@@ -72,8 +73,10 @@ def read_codebook(path: str | Path, *, model_sha256: str, n_clusters: int, embed
     if metadata.get("contract") != str(CONTRACT):
         raise ContractError(f"codebook {path} has contract {metadata.get('contract')}, expected {CONTRACT}")
     if metadata.get("model_sha256") != model_sha256:
-        raise ContractError(f"codebook {path} was made for the model {metadata.get('model_sha256', '?')[:12]}, not for {model_sha256[:12]}; "
-                            f"use the codebook of this model, or none")
+        raise ContractError(
+            f"codebook {path} was made for the model {metadata.get('model_sha256', '?')[:12]}, not for {model_sha256[:12]}; "
+            f"use the codebook of this model, or none"
+        )
     check_codebook(tensors, n_clusters, embed_dim, f"codebook {path}")
     return Codebook(tensors, metadata, hashlib.sha256(data).hexdigest()[:12])
 
@@ -102,7 +105,11 @@ def _serialise(tensors: Tensors, metadata: Mapping[str, str]) -> bytes:
     blobs, offset = [], 0
     for spec in CODEBOOK:
         blob = np.ascontiguousarray(tensors[spec.name], "<f4").tobytes()
-        header[spec.name] = {"dtype": "F32", "shape": list(tensors[spec.name].shape), "data_offsets": [offset, offset + len(blob)]}
+        header[spec.name] = {
+            "dtype": "F32",
+            "shape": list(tensors[spec.name].shape),
+            "data_offsets": [offset, offset + len(blob)],
+        }
         blobs.append(blob)
         offset += len(blob)
     text = json.dumps(header).encode()
@@ -115,14 +122,14 @@ def _parse(data: bytes, where: str) -> tuple[dict[str, NDArray[np.float32]], dic
     if len(data) < 8 or not 2 <= length <= min(MAX_HEADER_BYTES, len(data) - 8):
         raise ModelError(f"{where} is no safetensors file ({len(data)} bytes), or half written")
     try:
-        header = json.loads(data[8:8 + length])
+        header = json.loads(data[8 : 8 + length])
         metadata = {str(k): str(v) for k, v in header.pop("__metadata__", {}).items()}
         tensors = {}
         for name, entry in header.items():
             begin, end = entry["data_offsets"]
             if entry["dtype"] != "F32" or not 0 <= begin <= end <= len(data) - 8 - length:
                 raise ValueError(f"tensor {name}")
-            tensors[name] = np.frombuffer(data[8 + length + begin:8 + length + end], "<f4").reshape(entry["shape"])
+            tensors[name] = np.frombuffer(data[8 + length + begin : 8 + length + end], "<f4").reshape(entry["shape"])
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ModelError(f"{where} is no safetensors file of float32 tensors, or half written ({error})") from None
     return tensors, metadata

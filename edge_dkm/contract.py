@@ -3,6 +3,7 @@
 Axis letters: N frames in one run, H x W pixels of the ROI, K clusters, D embedding size, M calibration parts, h x w novelty map.
 `docs/contracts.md` is the page for users; the two change together.
 """
+
 from __future__ import annotations
 
 import json
@@ -13,7 +14,7 @@ from typing import Literal
 from edge_dkm.errors import ContractError
 
 CONTRACT = 1
-IR_VERSION = 8          # the newest that onnxruntime 1.14 to 1.16 read; newer defaults do not load in today's runtimes
+IR_VERSION = 8  # the newest that onnxruntime 1.14 to 1.16 read; newer defaults do not load in today's runtimes
 OPSET = 18
 
 IMAGE = "image"
@@ -61,10 +62,26 @@ OVERRIDABLE = (THRESHOLD, *CODEBOOK)
 
 # metadata_props: every value is a string; True means that the string is JSON.
 METADATA: Mapping[str, bool] = {
-    "dkm.contract": False, "dkm.model_id": False, "dkm.producer": False, "dkm.created": False, "dkm.method": False,
-    "dkm.encoder": False, "dkm.embed_dim": False, "dkm.n_clusters": False, "dkm.metric": False, "dkm.input": True,
-    "dkm.preprocess": True, "dkm.projection": True, "dkm.clusters": True, "dkm.novelty": True, "dkm.train": True,
-    "dkm.metrics": True, "dkm.reference_hist": True, "dkm.parity": True, "dkm.golden_sha256": False, "dkm.license": False,
+    "dkm.contract": False,
+    "dkm.model_id": False,
+    "dkm.producer": False,
+    "dkm.created": False,
+    "dkm.method": False,
+    "dkm.encoder": False,
+    "dkm.embed_dim": False,
+    "dkm.n_clusters": False,
+    "dkm.metric": False,
+    "dkm.input": True,
+    "dkm.preprocess": True,
+    "dkm.projection": True,
+    "dkm.clusters": True,
+    "dkm.novelty": True,
+    "dkm.train": True,
+    "dkm.metrics": True,
+    "dkm.reference_hist": True,
+    "dkm.parity": True,
+    "dkm.golden_sha256": False,
+    "dkm.license": False,
 }
 
 
@@ -122,23 +139,47 @@ def parse_metadata(props: Mapping[str, str], name: str) -> Metadata:
     if "dkm.contract" not in props:
         raise ContractError(f"{name} is an ONNX model without dkm.contract, expected one written by dkm-export")
     if props["dkm.contract"] != str(CONTRACT):
-        raise ContractError(f"{name} has contract {props['dkm.contract']}, this runtime speaks contract {CONTRACT}; "
-                            f"export it again with a matching dkm-export, or update edge-dkm")
+        raise ContractError(
+            f"{name} has contract {props['dkm.contract']}, this runtime speaks contract {CONTRACT}; "
+            f"export it again with a matching dkm-export, or update edge-dkm"
+        )
     try:
-        clusters = tuple(Cluster(c["id"], c["name"], _verdict(c.get("verdict")), c["n"], c["radius"], c["q50"], c["q99"])
-                         for c in json.loads(props["dkm.clusters"]))
+        clusters = tuple(
+            Cluster(c["id"], c["name"], _verdict(c.get("verdict")), c["n"], c["radius"], c["q50"], c["q99"])
+            for c in json.loads(props["dkm.clusters"])
+        )
         spec = json.loads(props["dkm.input"])
         metadata = Metadata(
-            model_id=props["dkm.model_id"], method=props["dkm.method"], encoder=props["dkm.encoder"], created=props["dkm.created"],
-            embed_dim=int(props["dkm.embed_dim"]), n_clusters=int(props["dkm.n_clusters"]),
-            l2=bool(json.loads(props["dkm.projection"])["l2"]), clusters=clusters,
-            input=InputSpec(spec["layout"], spec["dtype"], spec["color"], spec["h"], spec["w"], spec["fit"],
-                            tuple(spec["roi"]) if spec.get("roi") else None, tuple(spec["frame"]) if spec.get("frame") else None),
-            novelty=json.loads(props["dkm.novelty"]), golden_sha256=props["dkm.golden_sha256"], raw=dict(props))
+            model_id=props["dkm.model_id"],
+            method=props["dkm.method"],
+            encoder=props["dkm.encoder"],
+            created=props["dkm.created"],
+            embed_dim=int(props["dkm.embed_dim"]),
+            n_clusters=int(props["dkm.n_clusters"]),
+            l2=bool(json.loads(props["dkm.projection"])["l2"]),
+            clusters=clusters,
+            input=InputSpec(
+                spec["layout"],
+                spec["dtype"],
+                spec["color"],
+                spec["h"],
+                spec["w"],
+                spec["fit"],
+                tuple(spec["roi"]) if spec.get("roi") else None,
+                tuple(spec["frame"]) if spec.get("frame") else None,
+            ),
+            novelty=json.loads(props["dkm.novelty"]),
+            golden_sha256=props["dkm.golden_sha256"],
+            raw=dict(props),
+        )
     except (KeyError, TypeError, ValueError, IndexError) as error:
-        raise ContractError(f"{name} has unreadable metadata ({type(error).__name__}: {error}), expected that of contract {CONTRACT}") from None
+        raise ContractError(
+            f"{name} has unreadable metadata ({type(error).__name__}: {error}), expected that of contract {CONTRACT}"
+        ) from None
     if [c.id for c in clusters] != list(range(metadata.n_clusters)):
-        raise ContractError(f"{name} lists the clusters {[c.id for c in clusters]}, expected 0 to {metadata.n_clusters - 1}")
+        raise ContractError(
+            f"{name} lists the clusters {[c.id for c in clusters]}, expected 0 to {metadata.n_clusters - 1}"
+        )
     return metadata
 
 
@@ -148,8 +189,13 @@ def _verdict(value: object) -> Verdict | None:
     raise ValueError(f"verdict {value!r}")
 
 
-def check_tensors(name: str, what: str, actual: Mapping[str, tuple[str, list[object]]], expected: tuple[TensorSpec, ...],
-                  sizes: Mapping[str, int]) -> None:
+def check_tensors(
+    name: str,
+    what: str,
+    actual: Mapping[str, tuple[str, list[object]]],
+    expected: tuple[TensorSpec, ...],
+    sizes: Mapping[str, int],
+) -> None:
     """Compares names, dtypes and shapes; a letter without an entry in `sizes` fits any size.
 
     Raises:
@@ -161,6 +207,8 @@ def check_tensors(name: str, what: str, actual: Mapping[str, tuple[str, list[obj
         dtype, shape = actual[spec.name]
         wanted = [sizes.get(axis, axis) if isinstance(axis, str) else axis for axis in spec.shape]
         fits = len(shape) == len(wanted) and all(
-            want == got or (isinstance(want, str) or not isinstance(got, int)) for want, got in zip(wanted, shape, strict=True))
+            want == got or (isinstance(want, str) or not isinstance(got, int))
+            for want, got in zip(wanted, shape, strict=True)
+        )
         if dtype != spec.dtype or not fits:
             raise ContractError(f"{name}: {what} '{spec.name}' is {dtype} {shape}, expected {spec.dtype} {wanted}")

@@ -1,4 +1,5 @@
 """From cluster and novelty to a verdict. One order for everybody: failed, bad frame, cluster verdict reject, novel, cluster verdict."""
+
 from __future__ import annotations
 
 from collections.abc import Mapping
@@ -27,8 +28,10 @@ class Decision:
         known = {key for cluster in clusters for key in (cluster.name, str(cluster.id))}
         unknown = sorted(set(policy.clusters) - known)
         if unknown:
-            raise UsageError(f"verdicts.clusters names '{unknown[0]}', which {model} does not have; its clusters are "
-                             f"{', '.join(f'{c.id} {c.name}' for c in clusters)}")
+            raise UsageError(
+                f"verdicts.clusters names '{unknown[0]}', which {model} does not have; its clusters are "
+                f"{', '.join(f'{c.id} {c.name}' for c in clusters)}"
+            )
         self._policy = policy
         self._verdicts = [policy.clusters.get(c.name, policy.clusters.get(str(c.id), c.verdict)) for c in clusters]
 

@@ -1,4 +1,5 @@
 """A broker as a child process for a first try (`mqtt.host: embedded`): Mosquitto where it is installed, else amqtt. Loopback only."""
+
 from __future__ import annotations
 
 import ctypes
@@ -32,23 +33,38 @@ class EmbeddedBroker:
         mosquitto = find_mosquitto()
         self.is_v5 = mosquitto is not None
         if _accepts(port):
-            raise BrokerError(f"port {port} for the embedded broker is taken; set mqtt.port to a free one, or mqtt.host to the broker that runs there")
+            raise BrokerError(
+                f"port {port} for the embedded broker is taken; set mqtt.port to a free one, or mqtt.host to the broker that runs there"
+            )
         folder.mkdir(parents=True, exist_ok=True)
         if mosquitto is not None:
             config = folder / "mosquitto.conf"
-            config.write_text(f"listener {port} {HOST}\nallow_anonymous true\npersistence false\nmax_queued_messages 0\nmax_inflight_messages 20\n")
+            config.write_text(
+                f"listener {port} {HOST}\nallow_anonymous true\npersistence false\nmax_queued_messages 0\nmax_inflight_messages 20\n"
+            )
             command = [mosquitto, "-c", str(config)]
         elif importlib.util.find_spec("amqtt") is not None:
             config = folder / "amqtt.yaml"
-            config.write_text(f"listeners:\n  default:\n    type: tcp\n    bind: {HOST}:{port}\n"
-                              "plugins:\n  amqtt.plugins.authentication.AnonymousAuthPlugin:\n    allow_anonymous: true\n")
+            config.write_text(
+                f"listeners:\n  default:\n    type: tcp\n    bind: {HOST}:{port}\n"
+                "plugins:\n  amqtt.plugins.authentication.AnonymousAuthPlugin:\n    allow_anonymous: true\n"
+            )
             command = [sys.executable, "-m", "amqtt.scripts.broker_script", "-c", str(config)]
-            log.warning("Mosquitto is not installed: the embedded broker is amqtt, which speaks MQTT 3.1.1 only; refused messages are invisible")
+            log.warning(
+                "Mosquitto is not installed: the embedded broker is amqtt, which speaks MQTT 3.1.1 only; refused messages are invisible"
+            )
         else:
-            raise BrokerError("mqtt.host is embedded, but neither Mosquitto (apt install mosquitto) nor amqtt (pip install 'edge-dkm[demo]') is installed")
+            raise BrokerError(
+                "mqtt.host is embedded, but neither Mosquitto (apt install mosquitto) nor amqtt (pip install 'edge-dkm[demo]') is installed"
+            )
         self._log = (folder / "broker.log").open("wb")
-        self._process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=self._log, stderr=self._log,
-                                         preexec_fn=_die_with_parent(ctypes.CDLL(None)))    # noqa: PLW1509 (two calls into libc, loaded here)
+        self._process = subprocess.Popen(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=self._log,
+            stderr=self._log,
+            preexec_fn=_die_with_parent(ctypes.CDLL(None)),  # noqa: PLW1509 (two calls into libc, which is loaded here)
+        )
         self._await_start(folder / "broker.log")
 
     def _await_start(self, log_path: Path) -> None:
@@ -57,8 +73,10 @@ class EmbeddedBroker:
             if self._process.poll() is not None or time.monotonic() > deadline_s:
                 self.close()
                 words = log_path.read_text(errors="replace").strip().splitlines()
-                raise BrokerError(f"the embedded broker did not start on port {self.port}: {words[-1] if words else 'no message'}")
-            time.sleep(0.02)        # another process's listener: there is no event to wait for
+                raise BrokerError(
+                    f"the embedded broker did not start on port {self.port}: {words[-1] if words else 'no message'}"
+                )
+            time.sleep(0.02)  # another process's listener: there is no event to wait for
 
     def close(self) -> None:
         """Stops the broker."""
@@ -74,7 +92,9 @@ class EmbeddedBroker:
 
 def find_mosquitto() -> str | None:
     """The path of Mosquitto; Debian puts it where a user's PATH does not look."""
-    return shutil.which("mosquitto") or next((path for path in ("/usr/sbin/mosquitto", "/usr/local/sbin/mosquitto") if Path(path).exists()), None)
+    return shutil.which("mosquitto") or next(
+        (path for path in ("/usr/sbin/mosquitto", "/usr/local/sbin/mosquitto") if Path(path).exists()), None
+    )
 
 
 def _accepts(port: int) -> bool:
@@ -87,8 +107,10 @@ def _accepts(port: int) -> bool:
 
 def _die_with_parent(libc: ctypes.CDLL) -> Callable[[], None]:
     """For the child: it ends with the parent even when that is killed, and leaves Ctrl-C to the parent."""
+
     def prepare() -> None:
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         if sys.platform.startswith("linux"):
-            libc.prctl(1, signal.SIGTERM)       # PR_SET_PDEATHSIG
+            libc.prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
+
     return prepare

@@ -13,6 +13,7 @@
 
 (configs.ConfigError: exit 2; devices.CameraError: exit 4; devices.ProviderError: exit 2.)
 """
+
 from __future__ import annotations
 
 

@@ -1,4 +1,5 @@
 """Whether a camera shows the model what it was trained on: the ROI's size and place, the frame's size. `check` and `run` ask."""
+
 from __future__ import annotations
 
 from devices.settings import CameraSettings

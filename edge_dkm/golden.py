@@ -3,6 +3,7 @@
 `dkm-export` writes the file through `save_golden`; `edge-dkm verify` and the start of `edge-dkm run` call `verify_golden`.
 The base codebook is always used: a station's codebook changes answers on purpose.
 """
+
 from __future__ import annotations
 
 import hashlib
@@ -62,8 +63,12 @@ class GoldenReport:
 
 def save_golden(golden: Golden) -> bytes:
     """The golden file's bytes; their sha256 goes into the model's metadata."""
-    arrays: dict[str, Any] = {"kinds": np.array(golden.kinds, "U8"), "distances": golden.distances, "novelty_score": golden.novelty_score,
-                              "tolerance": np.float32(golden.tolerance)}
+    arrays: dict[str, Any] = {
+        "kinds": np.array(golden.kinds, "U8"),
+        "distances": golden.distances,
+        "novelty_score": golden.novelty_score,
+        "tolerance": np.float32(golden.tolerance),
+    }
     arrays |= {f"codebook_{name}": tensor for name, tensor in golden.codebook.items()}
     arrays |= {f"image_{n:03d}": image for n, image in enumerate(golden.images)}
     buffer = io.BytesIO()
@@ -80,15 +85,25 @@ def load_golden(path: Path, sha256: str) -> Golden:
     try:
         data = path.read_bytes()
     except OSError as error:
-        raise ModelError(f"golden images {path} cannot be read ({error.strerror or error}); copy them from where the model was exported") from None
+        raise ModelError(
+            f"golden images {path} cannot be read ({error.strerror or error}); copy them from where the model was exported"
+        ) from None
     if hashlib.sha256(data).hexdigest() != sha256:
-        raise ModelError(f"golden images {path} are not those of this model (sha256 differs); copy model, .golden.npz and .sha256 together")
+        raise ModelError(
+            f"golden images {path} are not those of this model (sha256 differs); copy model, .golden.npz and .sha256 together"
+        )
     try:
         with np.load(io.BytesIO(data), allow_pickle=False) as archive:
             kinds = [str(kind) for kind in archive["kinds"]]
             codebook = {spec.name: archive[f"codebook_{spec.name}"] for spec in CODEBOOK}
-            return Golden([archive[f"image_{n:03d}"] for n in range(len(kinds))], kinds, archive["distances"],
-                          archive["novelty_score"], codebook, float(archive["tolerance"]))
+            return Golden(
+                [archive[f"image_{n:03d}"] for n in range(len(kinds))],
+                kinds,
+                archive["distances"],
+                archive["novelty_score"],
+                codebook,
+                float(archive["tolerance"]),
+            )
     except (KeyError, ValueError, OSError, zipfile.BadZipFile) as error:
         raise ModelError(f"golden images {path} cannot be read: {error}") from None
 
@@ -117,14 +132,20 @@ def _compare(inspector: Inspector, golden: Golden, n: int, outputs: Outputs) -> 
             raise ParityError(f"{what} gives a {name} that is not finite on {where}")
     expected_id, cluster_id = int(golden.distances[n].argmin()), int(outputs["cluster_id"][0])
     if golden.is_decisive(n) and cluster_id != expected_id:
-        raise ParityError(f"{what} is cluster {cluster_id} on {where}, expected {expected_id}; this device or a change of the file gives another answer")
+        raise ParityError(
+            f"{what} is cluster {cluster_id} on {where}, expected {expected_id}; this device or a change of the file gives another answer"
+        )
     score, expected = float(outputs["novelty_score"][0]), float(golden.novelty_score[n])
     # Between two equally near clusters the other one, with its own radius, is a right answer too.
     score_gap = abs(score - expected) / max(1.0, abs(expected)) if cluster_id == expected_id else 0.0
-    distance_gap = float((np.abs(outputs["distances"][0] - golden.distances[n]) / np.maximum(1.0, golden.distances[n])).max())
+    distance_gap = float(
+        (np.abs(outputs["distances"][0] - golden.distances[n]) / np.maximum(1.0, golden.distances[n])).max()
+    )
     if max(score_gap, distance_gap) > golden.tolerance:
-        raise ParityError(f"{what} has novelty_score {score:.6f} on {where}, expected {expected:.6f} +- {golden.tolerance:g} "
-                          f"(distances differ by up to {distance_gap:.2g})")
+        raise ParityError(
+            f"{what} has novelty_score {score:.6f} on {where}, expected {expected:.6f} +- {golden.tolerance:g} "
+            f"(distances differ by up to {distance_gap:.2g})"
+        )
     return score_gap, distance_gap
 
 
@@ -139,5 +160,7 @@ def _verify_zero_distance(inspector: Inspector, golden: Golden) -> None:
     distance, score = float(outputs["distance"][0]), float(outputs["novelty_score"][0])
     scale = max(1.0, float(np.linalg.norm(placed)))
     if int(outputs["cluster_id"][0]) != 0 or not distance <= 1e-3 * scale or not np.isfinite(score):
-        raise ParityError(f"{inspector.file.name}: with centroid 0 placed on a golden image's own embedding, the image is cluster "
-                          f"{int(outputs['cluster_id'][0])} at distance {distance} with novelty_score {score}, expected cluster 0 at distance 0")
+        raise ParityError(
+            f"{inspector.file.name}: with centroid 0 placed on a golden image's own embedding, the image is cluster "
+            f"{int(outputs['cluster_id'][0])} at distance {distance} with novelty_score {score}, expected cluster 0 at distance 0"
+        )

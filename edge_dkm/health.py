@@ -1,4 +1,5 @@
 """Progress heartbeats of the line's stages. A stage is judged by what it has done, on the monotonic clock, not by being alive."""
+
 from __future__ import annotations
 
 import threading

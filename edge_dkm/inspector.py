@@ -2,6 +2,7 @@
 
 Imports neither `devices` nor `configs`: a host program may have folders of those names. Thread-safe.
 """
+
 from __future__ import annotations
 
 import logging
@@ -15,7 +16,18 @@ import onnxruntime as ort
 from numpy.typing import NDArray
 
 from edge_dkm.codebook import Codebook, read_codebook
-from edge_dkm.contract import IMAGE, INPUT, OUTPUTS, OVERRIDABLE, THRESHOLD, Cluster, Metadata, Verdict, check_tensors, parse_metadata
+from edge_dkm.contract import (
+    IMAGE,
+    INPUT,
+    OUTPUTS,
+    OVERRIDABLE,
+    THRESHOLD,
+    Cluster,
+    Metadata,
+    Verdict,
+    check_tensors,
+    parse_metadata,
+)
 from edge_dkm.decision import Decision, Policy, Reason
 from edge_dkm.errors import ContractError, FrameError, InspectionError, ModelError, UsageError
 from edge_dkm.model_file import ModelFile, read_model
@@ -73,8 +85,15 @@ class Inspector:
         ContractError: a model of another contract.
     """
 
-    def __init__(self, model: str | Path | bytes, codebook: str | Path | None = None, *, runtime: Runtime | None = None,
-                 policy: Policy | None = None, novelty_threshold: float | None = None) -> None:
+    def __init__(
+        self,
+        model: str | Path | bytes,
+        codebook: str | Path | None = None,
+        *,
+        runtime: Runtime | None = None,
+        policy: Policy | None = None,
+        novelty_threshold: float | None = None,
+    ) -> None:
         self.file: ModelFile = read_model(model)
         self.runtime = runtime or Runtime()
         self._session: ort.InferenceSession | None = _open_session(self.file, self.runtime)
@@ -82,8 +101,12 @@ class Inspector:
         _check_contract(self._session, self.metadata, self.file.name)
         self.codebook: Codebook | None = None
         if codebook is not None:
-            self.codebook = read_codebook(codebook, model_sha256=self.file.sha256, n_clusters=self.metadata.n_clusters,
-                                          embed_dim=self.metadata.embed_dim)
+            self.codebook = read_codebook(
+                codebook,
+                model_sha256=self.file.sha256,
+                n_clusters=self.metadata.n_clusters,
+                embed_dim=self.metadata.embed_dim,
+            )
         self._feed: dict[str, NDArray[np.float32]] = dict(self.codebook.tensors) if self.codebook else {}
         self.novelty_threshold = _default_threshold(self.metadata)
         if novelty_threshold is not None:
@@ -121,18 +144,24 @@ class Inspector:
             return []
         checked = [self._checked(frame) for frame in frames]
         if len({frame.shape for frame in checked}) > 1:
-            raise FrameError("F-SHAPE", f"one batch holds frames of {sorted({f.shape for f in checked})}, expected one size")
+            raise FrameError(
+                "F-SHAPE", f"one batch holds frames of {sorted({f.shape for f in checked})}, expected one size"
+            )
         outputs = self.run(checked[0][None] if len(checked) == 1 else np.stack(checked), _FETCHED)
         return [self._inspection(outputs, n) for n in range(len(frames))]
 
-    def run(self, image: Frame, names: Sequence[str], overrides: Mapping[str, NDArray[np.float32]] | None = None) -> Outputs:
+    def run(
+        self, image: Frame, names: Sequence[str], overrides: Mapping[str, NDArray[np.float32]] | None = None
+    ) -> Outputs:
         """The graph's own outputs for `image` (N, H, W, 3) uint8. `overrides` replace this inspector's codebook and threshold."""
         session = self._open()
         feed = {IMAGE: image, **(self._feed if overrides is None else overrides)}
         try:
             values = session.run(list(names), feed)
-        except Exception as error:      # onnxruntime raises many types; none of them may end the line
-            raise InspectionError("R-RUNTIME", f"{self.file.name} failed on a frame of {image.shape}: {_first_line(error)}") from error
+        except Exception as error:  # onnxruntime raises many types; none of them may end the line
+            raise InspectionError(
+                "R-RUNTIME", f"{self.file.name} failed on a frame of {image.shape}: {_first_line(error)}"
+            ) from error
         return dict(zip(names, values, strict=True))
 
     def close(self) -> None:
@@ -142,7 +171,9 @@ class Inspector:
     def __enter__(self) -> Inspector:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self.close()
 
     def _open(self) -> ort.InferenceSession:
@@ -153,7 +184,10 @@ class Inspector:
 
     def _checked(self, frame: Frame) -> Frame:
         if not isinstance(frame, np.ndarray):
-            raise FrameError("F-TYPE", f"the frame is {type(frame).__name__}, expected a numpy array (did the camera or cv2.imread return None?)")
+            raise FrameError(
+                "F-TYPE",
+                f"the frame is {type(frame).__name__}, expected a numpy array (did the camera or cv2.imread return None?)",
+            )
         if frame.dtype != np.uint8:
             raise FrameError("F-DTYPE", f"the frame is {frame.dtype}, expected uint8 (0 to 255)")
         if frame.ndim != 3 or frame.shape[2] != 3:
@@ -162,39 +196,62 @@ class Inspector:
         spec = self.metadata.input
         if 0 in frame.shape or (spec.h is not None and spec.w is not None and frame.shape[:2] != (spec.h, spec.w)):
             expected = f"{spec.w}x{spec.h}" if spec.h is not None else "at least 1x1"
-            raise FrameError("F-SHAPE", f"the frame is {frame.shape[1]}x{frame.shape[0]}, {self.file.name} expects {expected} (the pixels of the ROI)")
+            raise FrameError(
+                "F-SHAPE",
+                f"the frame is {frame.shape[1]}x{frame.shape[0]}, {self.file.name} expects {expected} (the pixels of the ROI)",
+            )
         return np.ascontiguousarray(frame)
 
     def _inspection(self, outputs: Outputs, n: int) -> Inspection:
         distances = outputs["distances"][n]
         score, distance, p_value = (float(outputs[name][n]) for name in ("novelty_score", "distance", "p_value"))
         if not (np.isfinite(score) and np.isfinite(p_value) and np.isfinite(distances).all()):
-            raise InspectionError("R-NONFINITE", f"{self.file.name} gave novelty_score {score}, distance {distance}: not a usable answer")
+            raise InspectionError(
+                "R-NONFINITE", f"{self.file.name} gave novelty_score {score}, distance {distance}: not a usable answer"
+            )
         cluster_id, is_novel = int(outputs["cluster_id"][n]), bool(outputs["is_novel"][n])
         verdict, reason = self._decide(cluster_id, is_novel)
         margin = float(np.partition(distances, 1)[1] - distances.min()) if distances.shape[0] > 1 else None
-        return Inspection(self.metadata.clusters[cluster_id], distance, margin, score, self.novelty_threshold, p_value, is_novel, verdict, reason)
+        return Inspection(
+            self.metadata.clusters[cluster_id],
+            distance,
+            margin,
+            score,
+            self.novelty_threshold,
+            p_value,
+            is_novel,
+            verdict,
+            reason,
+        )
 
 
 def _open_session(file: ModelFile, runtime: Runtime) -> ort.InferenceSession:
     available = ort.get_available_providers()
     missing = [provider for provider in runtime.providers if provider not in available]
     if missing and runtime.strict:
-        raise ModelError(f"this onnxruntime has no {missing[0]}, it has {', '.join(available)}; install the build for it, or choose another device")
+        raise ModelError(
+            f"this onnxruntime has no {missing[0]}, it has {', '.join(available)}; install the build for it, or choose another device"
+        )
     wanted = [provider for provider in runtime.providers if provider in available] or ["CPUExecutionProvider"]
     options = ort.SessionOptions()
-    options.log_severity_level = 3          # a warning per overridable initialiser would bury everything else
+    options.log_severity_level = 3  # a warning per overridable initialiser would bury everything else
     options.intra_op_num_threads = runtime.threads
     options.inter_op_num_threads = 1
     options.add_session_config_entry("session.intra_op.allow_spinning", "1" if runtime.spinning else "0")
     try:
-        session = ort.InferenceSession(file.data, options, providers=[(p, dict(runtime.options.get(p, {}))) for p in wanted])
-    except Exception as error:              # onnxruntime raises many types for a file that is no model
-        raise ModelError(f"{file.name} ({len(file.data)} bytes) cannot be loaded as an ONNX model: {_first_line(error)}") from error
+        session = ort.InferenceSession(
+            file.data, options, providers=[(p, dict(runtime.options.get(p, {}))) for p in wanted]
+        )
+    except Exception as error:  # onnxruntime raises many types for a file that is no model
+        raise ModelError(
+            f"{file.name} ({len(file.data)} bytes) cannot be loaded as an ONNX model: {_first_line(error)}"
+        ) from error
     silent = [provider for provider in wanted if provider not in session.get_providers()]
     if silent and runtime.strict:
-        raise ModelError(f"onnxruntime fell back from {silent[0]} to {', '.join(session.get_providers())} for {file.name}; "
-                         f"its driver or library is missing (strict_provider: false accepts the fallback)")
+        raise ModelError(
+            f"onnxruntime fell back from {silent[0]} to {', '.join(session.get_providers())} for {file.name}; "
+            f"its driver or library is missing (strict_provider: false accepts the fallback)"
+        )
     return session
 
 

@@ -2,6 +2,7 @@
 
 Unknown values are left out, never null or NaN; keys may be added within a version, so a reader must ignore what it does not know.
 """
+
 from __future__ import annotations
 
 import os
@@ -263,15 +264,24 @@ class CameraHealth(Announcement):
 
 
 MESSAGES: dict[str, type[Message]] = {
-    "dkm.status/1": Status, "dkm.info/1": Info, "dkm.state/1": State, "dkm.health/1": Health,
-    "dkm.camera/1": CameraHealth, "dkm.result/1": Result, "dkm.gap/1": Gap,
+    "dkm.status/1": Status,
+    "dkm.info/1": Info,
+    "dkm.state/1": State,
+    "dkm.health/1": Health,
+    "dkm.camera/1": CameraHealth,
+    "dkm.result/1": Result,
+    "dkm.gap/1": Gap,
 }
 
 
 def json_schema(name: str) -> dict[str, Any]:
     """The JSON Schema of one message: enumerations are closed, further keys are allowed, a key without a value is not there."""
     schema = MESSAGES[name].model_json_schema(by_alias=True, mode="serialization")
-    return {"$schema": "https://json-schema.org/draft/2020-12/schema", "$id": f"urn:edge-dkm:{name}", **_without_null(schema)}
+    return {
+        "$schema": "https://json-schema.org/draft/2020-12/schema",
+        "$id": f"urn:edge-dkm:{name}",
+        **_without_null(schema),
+    }
 
 
 def _without_null(schema: Any) -> Any:
@@ -286,7 +296,9 @@ def _without_null(schema: Any) -> Any:
         del result["anyOf"]
         result = {**options[0], **result}
     if isinstance(schema.get("properties"), dict):
-        result["required"] = [key for key, value in schema["properties"].items() if value.get("default", ...) is not None]
+        result["required"] = [
+            key for key, value in schema["properties"].items() if value.get("default", ...) is not None
+        ]
     return result
 
 

@@ -2,6 +2,7 @@
 
 A damaged graph may load and answer wrongly (measured: one mutation in four), so the digest beside it is compared whenever it is there.
 """
+
 from __future__ import annotations
 
 import hashlib
@@ -67,7 +68,9 @@ def _refuse_lookalikes(path: Path, data: bytes) -> None:
     if start.startswith((b"<!doctype", b"<html", b"<?xml")):
         raise ModelError(f"{path} is a web page of {len(data)} bytes, not a model; download the file itself")
     if start.startswith(b"pk\x03\x04") or start.startswith(b"\x80\x02") or start.startswith(b"\x80\x04"):
-        raise ModelError(f"{path} is a zip or pickle file (a PyTorch checkpoint?), expected an ONNX model written by dkm-export")
+        raise ModelError(
+            f"{path} is a zip or pickle file (a PyTorch checkpoint?), expected an ONNX model written by dkm-export"
+        )
 
 
 def _digest_agrees(path: Path, digest: str) -> bool:
@@ -77,6 +80,8 @@ def _digest_agrees(path: Path, digest: str) -> bool:
         log.warning("%s has no digest file %s beside it; damage cannot be noticed", path, digest_path(path).name)
         return False
     if not words or words[0] != digest:
-        raise ModelError(f"{path} has the sha256 {digest[:12]}..., but {digest_path(path).name} names "
-                         f"{words[0][:12] if words else 'nothing'}...; the model is damaged, half copied or edited: copy both files again")
+        raise ModelError(
+            f"{path} has the sha256 {digest[:12]}..., but {digest_path(path).name} names "
+            f"{words[0][:12] if words else 'nothing'}...; the model is damaged, half copied or edited: copy both files again"
+        )
     return True

@@ -1,4 +1,5 @@
 """Loads the models of a line, one per camera, proves each by its golden images, and checks that cameras show what it was trained on."""
+
 from __future__ import annotations
 
 from pathlib import Path

@@ -3,6 +3,7 @@
 Used by the publisher, `watch` and `check`. Whoever uses a client owns its socket and calls `pump` itself: the library's own network
 thread dies silently of an exception in a callback, and reorders messages across reconnects.
 """
+
 from __future__ import annotations
 
 import select
@@ -25,7 +26,7 @@ from edge_dkm.settings import EMBEDDED, MqttSettings
 CONNECT_TIMEOUT_S = 5.0
 SESSION_EXPIRY_S = 60
 WILL_DELAY_S = 5
-WINDOW = 20                 # unacknowledged publishes at most; the broker may ask for fewer
+WINDOW = 20  # unacknowledged publishes at most; the broker may ask for fewer
 NO_MATCHING_SUBSCRIBERS = 0x10
 
 Client = paho.Client
@@ -66,7 +67,13 @@ def open_link(settings: MqttSettings, client_id: str, will: Will | None = None, 
     """
     is_v5 = settings.version == "5"
     protocol = MQTTProtocolVersion.MQTTv5 if is_v5 else MQTTProtocolVersion.MQTTv311
-    client = Client(CallbackAPIVersion.VERSION2, client_id=client_id, protocol=protocol, clean_session=None if is_v5 else True, reconnect_on_failure=False)
+    client = Client(
+        CallbackAPIVersion.VERSION2,
+        client_id=client_id,
+        protocol=protocol,
+        clean_session=None if is_v5 else True,
+        reconnect_on_failure=False,
+    )
     client.connect_timeout = CONNECT_TIMEOUT_S
     client.max_inflight_messages_set(WINDOW)
     if settings.username is not None:
@@ -82,11 +89,14 @@ def open_link(settings: MqttSettings, client_id: str, will: Will | None = None, 
     arguments: dict[str, Any] = {}
     if is_v5:
         expiry_s = 0 if clean else SESSION_EXPIRY_S
-        arguments = {"clean_start": clean, "properties": _properties(PacketTypes.CONNECT, SessionExpiryInterval=expiry_s, ReceiveMaximum=WINDOW)}
+        arguments = {
+            "clean_start": clean,
+            "properties": _properties(PacketTypes.CONNECT, SessionExpiryInterval=expiry_s, ReceiveMaximum=WINDOW),
+        }
     host = "127.0.0.1" if settings.host == EMBEDDED else settings.host
     try:
         client.connect(host, settings.effective_port, settings.keepalive_s, **arguments)
-    except (OSError, ValueError) as error:      # UnicodeError is a ValueError
+    except (OSError, ValueError) as error:  # UnicodeError is a ValueError
         if context is not None:
             context.close_last()
         raise BrokerError(f"MQTT broker {host}:{settings.effective_port} cannot be reached: {_why(error)}") from None
@@ -98,9 +108,13 @@ def await_connack(link: Link, settings: MqttSettings) -> None:
     deadline_s = time.monotonic() + CONNECT_TIMEOUT_S
     while not link.connected:
         if link.refused is not None:
-            raise BrokerError(f"MQTT broker {settings.host}:{settings.effective_port} refuses the connection: {refusal(link.refused)}")
+            raise BrokerError(
+                f"MQTT broker {settings.host}:{settings.effective_port} refuses the connection: {refusal(link.refused)}"
+            )
         if link.lost is not None or time.monotonic() > deadline_s:
-            raise BrokerError(f"MQTT broker {settings.host}:{settings.effective_port} {link.lost or 'does not answer as an MQTT broker'}")
+            raise BrokerError(
+                f"MQTT broker {settings.host}:{settings.effective_port} {link.lost or 'does not answer as an MQTT broker'}"
+            )
         pump(link, 0.2)
 
 
@@ -127,7 +141,9 @@ def pump(link: Link, timeout_s: float, wake: socket.socket | None = None) -> Non
         link.lost = link.lost or "closed the connection"
 
 
-def publish(link: Link, topic: str, payload: bytes, *, qos: int, retain: bool = False, user: Sequence[tuple[str, str]] = ()) -> int:
+def publish(
+    link: Link, topic: str, payload: bytes, *, qos: int, retain: bool = False, user: Sequence[tuple[str, str]] = ()
+) -> int:
     """Sends one message and returns its mid; raises BrokerError where the library would only queue it."""
     properties = None
     if link.client.protocol == MQTTProtocolVersion.MQTTv5:
@@ -142,10 +158,16 @@ def publish(link: Link, topic: str, payload: bytes, *, qos: int, retain: bool = 
 
 def refusal(code: int) -> str:
     """A reason code for people, with what to do."""
-    known = {0x84: "it does not speak MQTT 5; set mqtt.version: 3.1.1 (refusals are then invisible), or use a newer broker",
-             0x86: "wrong mqtt.username or mqtt.password", 0x87: "not authorized; give this station's account the right to connect and publish",
-             0x8E: "another client took over this station's client id; two stations of one name?", 0x97: "quota exceeded",
-             0x99: "payload format invalid", 0x95: "packet too large", NO_MATCHING_SUBSCRIBERS: "nobody subscribes to the topic"}
+    known = {
+        0x84: "it does not speak MQTT 5; set mqtt.version: 3.1.1 (refusals are then invisible), or use a newer broker",
+        0x86: "wrong mqtt.username or mqtt.password",
+        0x87: "not authorized; give this station's account the right to connect and publish",
+        0x8E: "another client took over this station's client id; two stations of one name?",
+        0x97: "quota exceeded",
+        0x99: "payload format invalid",
+        0x95: "packet too large",
+        NO_MATCHING_SUBSCRIBERS: "nobody subscribes to the topic",
+    }
     return f"{known.get(code, 'reason')} (0x{code:02x})"
 
 
@@ -197,7 +219,7 @@ def _tls_context(settings: MqttSettings) -> _Context:
     if tls is None:
         raise UsageError("mqtt.tls is not set")
     try:
-        context = _Context(ssl.PROTOCOL_TLS_CLIENT)     # checks certificate and host name
+        context = _Context(ssl.PROTOCOL_TLS_CLIENT)  # checks certificate and host name
         context.minimum_version = ssl.TLSVersion.TLSv1_2
         if tls.ca is not None:
             context.load_verify_locations(tls.ca)

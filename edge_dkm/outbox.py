@@ -4,6 +4,7 @@ SQLite, one file, one connection (two would meet the WAL-reset bug of SQLite bef
 survives a power cut. Each row carries a CRC, since SQLite does not check its pages. A limit that forces a drop writes a gap
 record in the same transaction. The pipeline commits, the publisher reads and marks; both call from their own threads.
 """
+
 from __future__ import annotations
 
 import logging
@@ -114,14 +115,24 @@ class Outbox:
             self._db = self._open(path)
             self.epoch = str(self._db.execute("SELECT value FROM meta WHERE key = 'epoch'").fetchone()[0])
             self._counters = dict(self._db.execute("SELECT camera, n FROM counter"))
-            self._next_seq = 1 + int((self._db.execute("SELECT seq FROM sqlite_sequence WHERE name = 'outbox'").fetchone() or (0,))[0])
+            self._next_seq = 1 + int(
+                (self._db.execute("SELECT seq FROM sqlite_sequence WHERE name = 'outbox'").fetchone() or (0,))[0]
+            )
             self._count()
         except (sqlite3.Error, TypeError) as error:
-            raise StorageError(f"outbox {path} cannot be used: {error}; move it away to start with an empty one (its results are then lost)") from None
+            raise StorageError(
+                f"outbox {path} cannot be used: {error}; move it away to start with an empty one (its results are then lost)"
+            ) from None
 
     def _open(self, path: Path) -> sqlite3.Connection:
         db = sqlite3.connect(path, isolation_level=None, check_same_thread=False, timeout=2)
-        for pragma in ("locking_mode=EXCLUSIVE", "journal_mode=WAL", "synchronous=FULL", "wal_autocheckpoint=200", "mmap_size=0"):
+        for pragma in (
+            "locking_mode=EXCLUSIVE",
+            "journal_mode=WAL",
+            "synchronous=FULL",
+            "wal_autocheckpoint=200",
+            "mmap_size=0",
+        ):
             db.execute(f"PRAGMA {pragma}")
         version = int(db.execute("PRAGMA user_version").fetchone()[0])
         if version == 0:
@@ -131,7 +142,9 @@ class Outbox:
                 db.execute("INSERT INTO meta VALUES ('epoch', ?)", (secrets.token_hex(8),))
                 db.execute(f"PRAGMA user_version = {USER_VERSION}")
         elif version != USER_VERSION:
-            raise StorageError(f"outbox {path} has version {version}, this program writes {USER_VERSION}; use the program that wrote it, or move it away")
+            raise StorageError(
+                f"outbox {path} has version {version}, this program writes {USER_VERSION}; use the program that wrote it, or move it away"
+            )
         return db
 
     def _count(self) -> None:
@@ -165,12 +178,18 @@ class Outbox:
     def intend(self, intent: Intent) -> None:
         """Writes the intent row of a trigger."""
         with self._change() as db:
-            db.execute("INSERT INTO intent VALUES (?, ?, ?, ?, ?)", (intent.result_id, intent.camera, intent.kind, intent.trigger_id, intent.ts))
+            db.execute(
+                "INSERT INTO intent VALUES (?, ?, ?, ?, ?)",
+                (intent.result_id, intent.camera, intent.kind, intent.trigger_id, intent.ts),
+            )
 
     def open_intents(self) -> list[Intent]:
         """Triggers that have no result yet, in order."""
         with self._lock:
-            return [Intent(*row) for row in self._db.execute("SELECT result_id, camera, kind, trigger_id, ts FROM intent ORDER BY rowid")]
+            return [
+                Intent(*row)
+                for row in self._db.execute("SELECT result_id, camera, kind, trigger_id, ts FROM intent ORDER BY rowid")
+            ]
 
     def commit(self, drafts: Sequence[Draft]) -> list[Numbers]:
         """Numbers and writes results in one transaction; they are safe when this returns. Wakes the publisher."""
@@ -179,7 +198,10 @@ class Outbox:
             for draft in drafts:
                 numbers = Numbers(self.epoch, self._next_seq, self._counters.get(draft.camera, 0) + 1)
                 self._counters[draft.camera] = numbers.cseq
-                db.execute("INSERT INTO counter VALUES (?, ?) ON CONFLICT(camera) DO UPDATE SET n = excluded.n", (draft.camera, numbers.cseq))
+                db.execute(
+                    "INSERT INTO counter VALUES (?, ?) ON CONFLICT(camera) DO UPDATE SET n = excluded.n",
+                    (draft.camera, numbers.cseq),
+                )
                 self._insert(draft.camera, numbers.cseq, draft.topic, draft.render(numbers))
                 db.execute("DELETE FROM intent WHERE result_id = ?", (draft.result_id,))
                 given.append(numbers)
@@ -190,8 +212,10 @@ class Outbox:
     def unsent(self, after_seq: int, limit: int) -> list[Row]:
         """The oldest unacknowledged rows behind `after_seq`. A row whose CRC is wrong becomes a gap record; nothing damaged is sent."""
         with self._lock:
-            found = self._db.execute("SELECT seq, camera, cseq, topic, body, crc FROM outbox WHERE sent = 0 AND seq > ? ORDER BY seq LIMIT ?",
-                                     (after_seq, limit)).fetchall()
+            found = self._db.execute(
+                "SELECT seq, camera, cseq, topic, body, crc FROM outbox WHERE sent = 0 AND seq > ? ORDER BY seq LIMIT ?",
+                (after_seq, limit),
+            ).fetchall()
             rows = []
             for seq, camera, cseq, topic, blob, crc in found:
                 body = blob if isinstance(blob, bytes) else str(blob).encode()
@@ -211,7 +235,11 @@ class Outbox:
             return
         with self._change() as db:
             marks = ",".join("?" * len(seqs))
-            size = int(db.execute(f"SELECT TOTAL(LENGTH(body)) FROM outbox WHERE sent = 0 AND seq IN ({marks})", list(seqs)).fetchone()[0])
+            size = int(
+                db.execute(
+                    f"SELECT TOTAL(LENGTH(body)) FROM outbox WHERE sent = 0 AND seq IN ({marks})", list(seqs)
+                ).fetchone()[0]
+            )
             changed = db.execute(f"UPDATE outbox SET sent = 1 WHERE sent = 0 AND seq IN ({marks})", list(seqs)).rowcount
             self._rows = [self._rows[0] - changed, self._rows[1] + changed]
             self._bytes = [self._bytes[0] - size, self._bytes[1] + size]
@@ -221,12 +249,16 @@ class Outbox:
         """Applies the ages: sent rows older than `keep_h` go, unsent ones older than `max_age_h` are dropped and declared."""
         with self._change():
             self._delete([seq for seq, *_ in self._older_than(1, self.limits.keep_h)])
-            self._drop([row for row in self._older_than(0, self.limits.max_age_h) if row[0] not in self._exposed], "age")
+            self._drop(
+                [row for row in self._older_than(0, self.limits.max_age_h) if row[0] not in self._exposed], "age"
+            )
 
     def status(self) -> OutboxStatus:
         """Counts for health messages."""
         with self._lock:
-            row = self._db.execute("SELECT t_wall, t_mono, boot FROM outbox WHERE sent = 0 ORDER BY seq LIMIT 1").fetchone()
+            row = self._db.execute(
+                "SELECT t_wall, t_mono, boot FROM outbox WHERE sent = 0 ORDER BY seq LIMIT 1"
+            ).fetchone()
             return OutboxStatus(self._rows[0], self._bytes[0], self._age_s(*row) if row else 0.0, self._rows[1])
 
     def last_cseq(self) -> dict[str, int]:
@@ -242,8 +274,20 @@ class Outbox:
     def _insert(self, camera: str, cseq: int | None, topic: str, body: bytes) -> None:
         seq = self._next_seq
         self._next_seq += 1
-        self._db.execute("INSERT INTO outbox(seq, camera, cseq, topic, body, crc, t_wall, t_mono, boot) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)",
-                         (seq, camera, cseq, topic, body, _crc(seq, camera, cseq, topic, body), wall_s(), time.monotonic(), self._boot))
+        self._db.execute(
+            "INSERT INTO outbox(seq, camera, cseq, topic, body, crc, t_wall, t_mono, boot) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)",
+            (
+                seq,
+                camera,
+                cseq,
+                topic,
+                body,
+                _crc(seq, camera, cseq, topic, body),
+                wall_s(),
+                time.monotonic(),
+                self._boot,
+            ),
+        )
         self._rows[0] += 1
         self._bytes[0] += len(body)
 
@@ -262,8 +306,13 @@ class Outbox:
                 excess = max(1, sum(self._rows) - self.limits.max_rows)
                 self._delete(kept[:excess])
                 continue
-            oldest = [row for row in self._db.execute("SELECT seq, camera, cseq FROM outbox WHERE sent = 0 AND cseq IS NOT NULL ORDER BY seq LIMIT 64")
-                      if row[0] not in self._exposed][:1]
+            oldest = [
+                row
+                for row in self._db.execute(
+                    "SELECT seq, camera, cseq FROM outbox WHERE sent = 0 AND cseq IS NOT NULL ORDER BY seq LIMIT 64"
+                )
+                if row[0] not in self._exposed
+            ][:1]
             if not oldest:
                 return
             self._drop(oldest, "drop_oldest")
@@ -277,16 +326,33 @@ class Outbox:
         """A gap record on the camera's stream; a neighbouring one that nobody has seen yet is widened instead."""
         if first is None or last is None:
             return
-        pending = self._db.execute("SELECT seq, body FROM outbox WHERE sent = 0 AND cseq IS NULL AND camera = ? ORDER BY seq DESC LIMIT 1",
-                                   (camera,)).fetchone()
+        pending = self._db.execute(
+            "SELECT seq, body FROM outbox WHERE sent = 0 AND cseq IS NULL AND camera = ? ORDER BY seq DESC LIMIT 1",
+            (camera,),
+        ).fetchone()
         if pending and pending[0] not in self._exposed:
             gap = Gap.model_validate_json(pending[1])
             if gap.reason == reason and gap.to == first - 1:
                 first = gap.from_
                 self._delete([pending[0]])
-        self._insert(camera, None, self._topic_of(camera), Gap.model_validate({
-            "ts": rfc3339(utc_now()), "station": self.station, "camera": camera, "epoch": self.epoch, "seq": self._next_seq,
-            "from": first, "to": last, "n": last - first + 1, "reason": reason}).payload())
+        self._insert(
+            camera,
+            None,
+            self._topic_of(camera),
+            Gap.model_validate(
+                {
+                    "ts": rfc3339(utc_now()),
+                    "station": self.station,
+                    "camera": camera,
+                    "epoch": self.epoch,
+                    "seq": self._next_seq,
+                    "from": first,
+                    "to": last,
+                    "n": last - first + 1,
+                    "reason": reason,
+                }
+            ).payload(),
+        )
 
     def _older_than(self, sent: int, hours: float) -> list[tuple[int, str, int]]:
         """Rows (seq, camera, cseq) of that age. Within one boot the monotonic clock counts: a jump of the wall clock ages nothing."""
@@ -294,7 +360,8 @@ class Outbox:
         return self._db.execute(
             "SELECT seq, camera, cseq FROM outbox WHERE sent = ? AND cseq IS NOT NULL "
             "AND ((boot = ? AND t_mono < ?) OR (boot != ? AND t_wall < ?)) ORDER BY seq",
-            (sent, self._boot, time.monotonic() - limit_s, self._boot, wall_s() - limit_s)).fetchall()
+            (sent, self._boot, time.monotonic() - limit_s, self._boot, wall_s() - limit_s),
+        ).fetchall()
 
     def _age_s(self, t_wall: float, t_mono: float, boot: str) -> float:
         return max(0.0, time.monotonic() - t_mono if boot == self._boot else wall_s() - t_wall)

@@ -4,6 +4,7 @@
 
 A shot that stands for a part has an intent row on disk before it enters the buffer and ends in exactly one result.
 """
+
 from __future__ import annotations
 
 import logging
@@ -24,8 +25,8 @@ from edge_dkm.message import CameraCounters, ModelInfo, TriggerInfo, new_result_
 from edge_dkm.outbox import Draft, Intent, Numbers, Outbox
 from edge_dkm.results import Case, Clockings, completed, model_info, timestamp, without_answer
 
-MAX_WAITING = 16            # shots per camera that may wait for inspection
-MAX_UNCOMMITTED = 64        # results that may wait for the disk
+MAX_WAITING = 16  # shots per camera that may wait for inspection
+MAX_UNCOMMITTED = 64  # results that may wait for the disk
 KEPT_TIMINGS = 20_000
 
 log = logging.getLogger(__name__)
@@ -117,8 +118,15 @@ class _Done:
 class Pipeline:
     """The two threads and what lies between them. `failed` holds the error that ended a thread; `on_event` is called on results and failures."""
 
-    def __init__(self, station: str, cameras: Mapping[str, CameraSettings], inspectors: Mapping[str, Inspector], outbox: Outbox,
-                 topic_of: Callable[[str], str], on_event: Callable[[], None]) -> None:
+    def __init__(
+        self,
+        station: str,
+        cameras: Mapping[str, CameraSettings],
+        inspectors: Mapping[str, Inspector],
+        outbox: Outbox,
+        topic_of: Callable[[str], str],
+        on_event: Callable[[], None],
+    ) -> None:
         self.station, self.cameras, self.outbox = station, cameras, outbox
         self.tallies = {name: Tally() for name in cameras}
         self.timings: deque[Timings] = deque(maxlen=KEPT_TIMINGS)
@@ -127,9 +135,14 @@ class Pipeline:
         self._models: dict[str, ModelInfo] = {name: model_info(inspector) for name, inspector in inspectors.items()}
         self._buffer = ShotBuffer({name: camera.policy for name, camera in cameras.items()}, self.tallies)
         self._results: queue.Queue[_Done | None] = queue.Queue(MAX_UNCOMMITTED)
-        self._threads = [threading.Thread(target=self._guard, args=(work,), name=name, daemon=True)
-                         for name, work in (("infer", self._inspect_all), ("commit", self._commit_all))]
-        self.stages = {"infer": Stage(lambda: len(self._buffer) > 0), "commit": Stage(lambda: not self._results.empty())}
+        self._threads = [
+            threading.Thread(target=self._guard, args=(work,), name=name, daemon=True)
+            for name, work in (("infer", self._inspect_all), ("commit", self._commit_all))
+        ]
+        self.stages = {
+            "infer": Stage(lambda: len(self._buffer) > 0),
+            "commit": Stage(lambda: not self._results.empty()),
+        }
 
     def start(self) -> None:
         """Starts the threads."""
@@ -139,12 +152,19 @@ class Pipeline:
     def take(self, camera: str, shot: Shot, is_part: bool) -> None:
         """Called by capture threads for every shot. For a part the intent is on disk when this returns."""
         fired_s = time.monotonic()
-        case = Case(new_result_id(), self.station, camera, TriggerInfo.model_validate({"kind": shot.kind, "id": shot.trigger_id}),
-                    timestamp(shot.frame.mono_s), shot.frame.mono_s, fired_s)
+        case = Case(
+            new_result_id(),
+            self.station,
+            camera,
+            TriggerInfo.model_validate({"kind": shot.kind, "id": shot.trigger_id}),
+            timestamp(shot.frame.mono_s),
+            shot.frame.mono_s,
+            fired_s,
+        )
         try:
             if is_part:
                 self.outbox.intend(Intent(case.result_id, camera, shot.kind, shot.trigger_id, case.ts))
-        except Exception as error:      # noqa: BLE001 (it would end the capture thread unseen; the supervisor stops the line with it)
+        except Exception as error:  # noqa: BLE001 (it would end the capture thread unseen; the supervisor stops the line with it)
             self._fail(error)
             return
         self._buffer.put(case, shot, is_part)
@@ -165,7 +185,7 @@ class Pipeline:
     def _guard(self, work: Callable[[], None]) -> None:
         try:
             work()
-        except BaseException as error:      # noqa: BLE001 (a thread that ends unseen is a silent stall)
+        except BaseException as error:  # noqa: BLE001 (a thread that ends unseen is a silent stall)
             self._fail(error)
 
     def _fail(self, error: BaseException) -> None:
@@ -202,7 +222,9 @@ class Pipeline:
                 return completed(case, numbers, model, inspection, clockings).payload()
             return without_answer(case, numbers, error or InspectionError("R-UNKNOWN", "no answer"), model).payload()
 
-        return _Done(Draft(case.camera, self._topic_of(case.camera), case.result_id, render), case, inspection, error, clockings)
+        return _Done(
+            Draft(case.camera, self._topic_of(case.camera), case.result_id, render), case, inspection, error, clockings
+        )
 
     def _commit_all(self) -> None:
         is_last = False
@@ -244,4 +266,6 @@ class Pipeline:
 def _check_deadline(case: Case, deadline_ms: int | None, now_s: float) -> None:
     late_ms = (now_s - case.fired_s) * 1000
     if deadline_ms is not None and late_ms > deadline_ms:
-        raise InspectionError("R-DEADLINE", f"no answer within deadline_ms {deadline_ms} ({late_ms:.0f} ms after the trigger)")
+        raise InspectionError(
+            "R-DEADLINE", f"no answer within deadline_ms {deadline_ms} ({late_ms:.0f} ms after the trigger)"
+        )

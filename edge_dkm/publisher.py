@@ -3,6 +3,7 @@
 A new client per connection; a commit wakes the thread through a socket pair, so nothing is polled; at most a window of rows is
 unacknowledged; after a reconnect the oldest unacknowledged row goes first, so the order of first copies is kept.
 """
+
 from __future__ import annotations
 
 import contextlib
@@ -24,8 +25,8 @@ from edge_dkm.settings import LineSettings
 
 BACKOFF_FIRST_S, BACKOFF_MAX_S = 0.2, 30.0
 ACK_TIMEOUT_S = 10.0
-HOLD_S = 5.0                # before a refused row is tried again
-IDLE_S = 1.0                # longest wait between two looks at the keepalive
+HOLD_S = 5.0  # before a refused row is tried again
+IDLE_S = 1.0  # longest wait between two looks at the keepalive
 GOODBYE_S = 2.0
 
 log = logging.getLogger(__name__)
@@ -53,7 +54,7 @@ class Publisher(threading.Thread):
         self._wake_read.setblocking(False)
         self._wake_write.setblocking(False)
         self._lock = threading.Condition()
-        self._retained: dict[str, tuple[int, Build]] = {}       # topic -> (qos, build)
+        self._retained: dict[str, tuple[int, Build]] = {}  # topic -> (qos, build)
         self._pending: dict[str, tuple[int, bool, Build]] = {}  # topic -> (qos, retain, build), the newest only
         self._stop_asked = threading.Event()
         self._connected = False
@@ -76,7 +77,7 @@ class Publisher(threading.Thread):
 
     def wake(self) -> None:
         """Something is to be sent. Callable from any thread, never blocks."""
-        with contextlib.suppress(OSError):      # full: the thread is being woken already; closed: it has ended
+        with contextlib.suppress(OSError):  # full: the thread is being woken already; closed: it has ended
             self._wake_write.send(b"w")
 
     def status(self) -> PublisherStatus:
@@ -102,7 +103,7 @@ class Publisher(threading.Thread):
                 self._connection()
             except BrokerError as error:
                 self._report(str(error))
-            except Exception as error:      # whatever it is, the line must go on delivering; it is reported and retried
+            except Exception as error:  # whatever it is, the line must go on delivering; it is reported and retried
                 log.exception("publisher failed")
                 self._report(f"{type(error).__name__}: {error}")
             with self._lock:
@@ -119,7 +120,11 @@ class Publisher(threading.Thread):
         """One connection, from CONNECT to its end."""
         session = self.outbox.next_session()
         mqtt = self.settings.mqtt
-        link = open_link(mqtt, f"edge-dkm-{self.settings.station}", Will(self._status_topic, self._status_message("offline", session, "lost").payload()))
+        link = open_link(
+            mqtt,
+            f"edge-dkm-{self.settings.station}",
+            Will(self._status_topic, self._status_message("offline", session, "lost").payload()),
+        )
         try:
             await_connack(link, mqtt)
             with self._lock:
@@ -180,8 +185,18 @@ class Publisher(threading.Thread):
             log.info("delivering again")
 
     def _status_message(self, state: str, session: int, reason: str | None = None) -> Status:
-        return Status.model_validate({"ts": rfc3339(utc_now()), "station": self.settings.station, "session": session, "state": state, "boot_id": boot_id(),
-                                      "epoch": self.outbox.epoch, "sw": self._software, "reason": reason})
+        return Status.model_validate(
+            {
+                "ts": rfc3339(utc_now()),
+                "station": self.settings.station,
+                "session": session,
+                "state": state,
+                "boot_id": boot_id(),
+                "epoch": self.outbox.epoch,
+                "sw": self._software,
+                "reason": reason,
+            }
+        )
 
 
 class _Flight:
@@ -189,10 +204,10 @@ class _Flight:
 
     def __init__(self, outbox: Outbox) -> None:
         self._outbox = outbox
-        self._sent: dict[int, tuple[Row, float]] = {}       # mid -> (row, when)
+        self._sent: dict[int, tuple[Row, float]] = {}  # mid -> (row, when)
         self._after_seq = 0
         self._held_until_s = 0.0
-        self._probing = False       # after a refusal one row tries the way for all
+        self._probing = False  # after a refusal one row tries the way for all
         self._acknowledged = 0
         self.delivering = False
 
@@ -258,5 +273,10 @@ def _cloud_event(row: Row) -> list[tuple[str, str]]:
     body = json.loads(row.body)
     source = row.topic.rsplit("/", 1)[0]
     identity = body.get("result_id") or f"{body['epoch']}-{body['seq']}"
-    return [("specversion", "1.0"), ("id", identity), ("type", body["schema"].replace("/", ".v")), ("source", source), ("time", body["ts"])]
-
+    return [
+        ("specversion", "1.0"),
+        ("id", identity),
+        ("type", body["schema"].replace("/", ".v")),
+        ("source", source),
+        ("time", body["ts"]),
+    ]

@@ -1,4 +1,5 @@
 """Records training frames by the same camera, ROI, trigger and controls as the line: PNG files and an index.csv that the trainer reads."""
+
 from __future__ import annotations
 
 import csv
@@ -107,14 +108,31 @@ class _Writer:
         self._index = csv.writer(self._file)
         self._index.writerow(COLUMNS)
 
-    def write(self, frame: Frame, group: int, full_size: tuple[int, int], roi: tuple[int, int, int, int] | None) -> None:
+    def write(
+        self, frame: Frame, group: int, full_size: tuple[int, int], roi: tuple[int, int, int, int] | None
+    ) -> None:
         """One image. A ROI is written as it was cut; without one it is the whole frame."""
         name = f"{self.camera}-{group:06d}-{frame.index:08d}.png"
         width, height = full_size
         box = roi or (0, 0, width, height)
         try:
-            (self.folder / name).write_bytes(cv2.imencode(".png", frame.image, [cv2.IMWRITE_PNG_COMPRESSION, 1])[1].tobytes())
-            self._index.writerow([name, self.camera, timestamp(frame.mono_s), group, "", "", "", "", " ".join(map(str, box)), f"{width}x{height}"])
+            (self.folder / name).write_bytes(
+                cv2.imencode(".png", frame.image, [cv2.IMWRITE_PNG_COMPRESSION, 1])[1].tobytes()
+            )
+            self._index.writerow(
+                [
+                    name,
+                    self.camera,
+                    timestamp(frame.mono_s),
+                    group,
+                    "",
+                    "",
+                    "",
+                    "",
+                    " ".join(map(str, box)),
+                    f"{width}x{height}",
+                ]
+            )
             self._file.flush()
         except OSError as error:
             raise StorageError(f"{self.folder / name} cannot be written: {error.strerror or error}") from None

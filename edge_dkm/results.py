@@ -1,4 +1,5 @@
 """Turns what happened to one shot into a `dkm.result/1` message; pure, so that the contract is tested without a camera."""
+
 from __future__ import annotations
 
 import functools
@@ -11,7 +12,7 @@ from edge_dkm.inspector import Inspection, Inspector
 from edge_dkm.message import ClusterInfo, ErrorInfo, ModelInfo, NoveltyInfo, Result, Timing, TriggerInfo
 from edge_dkm.outbox import Draft, Intent, Numbers
 
-MAX_DETAIL = 200        # keeps a result below 1 KiB
+MAX_DETAIL = 200  # keeps a result below 1 KiB
 
 _boot_id = functools.cache(boot_id)
 
@@ -38,7 +39,11 @@ class Clockings:
 
     def timing(self, case: Case) -> Timing:
         """In milliseconds since the capture."""
-        return Timing(capture=_ms(self.started_s - case.captured_s), infer=_ms(self.ended_s - self.started_s), total=_ms(self.ended_s - case.captured_s))
+        return Timing(
+            capture=_ms(self.started_s - case.captured_s),
+            infer=_ms(self.ended_s - self.started_s),
+            total=_ms(self.ended_s - case.captured_s),
+        )
 
 
 def model_info(inspector: Inspector) -> ModelInfo:
@@ -51,13 +56,33 @@ def completed(case: Case, numbers: Numbers, model: ModelInfo, inspection: Inspec
     """The result of an inspection."""
     cluster = inspection.cluster
     return Result(
-        result_id=case.result_id, epoch=numbers.epoch, seq=numbers.seq, cseq=numbers.cseq, boot_id=_boot_id(), ts=case.ts, station=case.station,
-        camera=case.camera, state="completed", trigger=case.trigger, model=model,
-        cluster=ClusterInfo(id=cluster.id, name=cluster.name, distance=_short(inspection.distance),
-                            margin=None if inspection.margin is None else _short(inspection.margin)),
-        novelty=NoveltyInfo(score=_short(inspection.novelty_score), threshold=inspection.novelty_threshold, p_value=_short(inspection.p_value),
-                            is_novel=inspection.is_novel),
-        verdict=inspection.verdict, reason=inspection.reason, timing_ms=clockings.timing(case))
+        result_id=case.result_id,
+        epoch=numbers.epoch,
+        seq=numbers.seq,
+        cseq=numbers.cseq,
+        boot_id=_boot_id(),
+        ts=case.ts,
+        station=case.station,
+        camera=case.camera,
+        state="completed",
+        trigger=case.trigger,
+        model=model,
+        cluster=ClusterInfo(
+            id=cluster.id,
+            name=cluster.name,
+            distance=_short(inspection.distance),
+            margin=None if inspection.margin is None else _short(inspection.margin),
+        ),
+        novelty=NoveltyInfo(
+            score=_short(inspection.novelty_score),
+            threshold=inspection.novelty_threshold,
+            p_value=_short(inspection.p_value),
+            is_novel=inspection.is_novel,
+        ),
+        verdict=inspection.verdict,
+        reason=inspection.reason,
+        timing_ms=clockings.timing(case),
+    )
 
 
 def without_answer(case: Case, numbers: Numbers, error: InspectionError, model: ModelInfo | None = None) -> Result:
@@ -65,15 +90,35 @@ def without_answer(case: Case, numbers: Numbers, error: InspectionError, model: 
     is_bad = isinstance(error, FrameError)
     detail = str(error).removeprefix(f"{error.code} ")[:MAX_DETAIL]
     return Result(
-        result_id=case.result_id, epoch=numbers.epoch, seq=numbers.seq, cseq=numbers.cseq, boot_id=_boot_id(), ts=case.ts, station=case.station,
-        camera=case.camera, state="bad_frame" if is_bad else "failed", trigger=case.trigger, model=model, verdict="error",
-        reason="bad_frame" if is_bad else "failed", error=ErrorInfo(code=error.code, detail=detail))
+        result_id=case.result_id,
+        epoch=numbers.epoch,
+        seq=numbers.seq,
+        cseq=numbers.cseq,
+        boot_id=_boot_id(),
+        ts=case.ts,
+        station=case.station,
+        camera=case.camera,
+        state="bad_frame" if is_bad else "failed",
+        trigger=case.trigger,
+        model=model,
+        verdict="error",
+        reason="bad_frame" if is_bad else "failed",
+        error=ErrorInfo(code=error.code, detail=detail),
+    )
 
 
 def restart_draft(intent: Intent, station: str, topic: str) -> Draft:
     """The declared result of a trigger whose inspection a restart cut off."""
     error = InspectionError("R-RESTART", "the program ended between the trigger and the result")
-    case = Case(intent.result_id, station, intent.camera, TriggerInfo.model_validate({"kind": intent.kind, "id": intent.trigger_id}), intent.ts, 0.0, 0.0)
+    case = Case(
+        intent.result_id,
+        station,
+        intent.camera,
+        TriggerInfo.model_validate({"kind": intent.kind, "id": intent.trigger_id}),
+        intent.ts,
+        0.0,
+        0.0,
+    )
     return Draft(intent.camera, topic, intent.result_id, lambda numbers: without_answer(case, numbers, error).payload())
 
 

@@ -1,4 +1,5 @@
 """The settings of a line: one YAML per station. What is planned but not built yet is refused, never ignored."""
+
 from __future__ import annotations
 
 import re
@@ -15,7 +16,7 @@ ENVIRONMENT_PREFIX = "EDGE_DKM"
 Slug = Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]+$", max_length=64)]
 CameraName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]+$", max_length=32)]
 EMBEDDED = "embedded"
-EMBEDDED_PORT = 18830       # not 1883: a broker of the system may run there
+EMBEDDED_PORT = 18830  # not 1883: a broker of the system may run there
 
 
 class UnsSettings(Settings):
@@ -90,7 +91,9 @@ class DeliverySettings(Settings):
     max_mb: float = Field(512, gt=0)
     max_age_h: float = Field(168, gt=0)
     keep_h: float = Field(72, ge=0)
-    drain_timeout_s: float = Field(30, ge=0, description="how long to wait for the broker when a film or folder has ended")
+    drain_timeout_s: float = Field(
+        30, ge=0, description="how long to wait for the broker when a film or folder has ended"
+    )
 
     @field_validator("mode", "order", "limit")
     @classmethod
@@ -116,7 +119,9 @@ class LineSettings(Settings):
     verdicts: VerdictSettings = VerdictSettings()
     mqtt: MqttSettings = MqttSettings()
     delivery: DeliverySettings = DeliverySettings()
-    state: Path = Field(Path("state"), validate_default=False, description="the folder for outbox, codebooks and what else must survive")
+    state: Path = Field(
+        Path("state"), validate_default=False, description="the folder for outbox, codebooks and what else must survive"
+    )
 
     @field_validator("recipes", "parts")
     @classmethod
@@ -129,7 +134,9 @@ class LineSettings(Settings):
     def _every_camera_has_a_model(self) -> LineSettings:
         bare = [name for name, camera in self.cameras.items() if camera.model is None]
         if self.model is None and bare:
-            raise ValueError(f"model is missing: camera {bare[0]} has none of its own, expected the path of an ONNX file")
+            raise ValueError(
+                f"model is missing: camera {bare[0]} has none of its own, expected the path of an ONNX file"
+            )
         return self
 
     @property

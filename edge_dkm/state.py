@@ -1,4 +1,5 @@
 """The state folder of a station: made private, held by one process at a time."""
+
 from __future__ import annotations
 
 import fcntl
@@ -31,7 +32,9 @@ class StateFolder:
         except OSError:
             holder = os.read(self._file, 20).decode("ascii", "replace").strip()
             os.close(self._file)
-            raise LockedError(f"state folder {path} is held by process {holder or '?'}; stop it, or give this line a state folder of its own") from None
+            raise LockedError(
+                f"state folder {path} is held by process {holder or '?'}; stop it, or give this line a state folder of its own"
+            ) from None
         os.ftruncate(self._file, 0)
         os.write(self._file, f"{os.getpid()}\n".encode())
 
@@ -54,5 +57,7 @@ class StateFolder:
     def __enter__(self) -> StateFolder:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self.close()

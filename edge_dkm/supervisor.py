@@ -1,4 +1,5 @@
 """Runs a line: starts what it needs in order, announces it, watches it, and stops it so that nothing is lost. `edge-dkm run` calls it."""
+
 from __future__ import annotations
 
 import contextlib
@@ -30,8 +31,8 @@ from edge_dkm.settings import EMBEDDED, LineSettings
 from edge_dkm.state import StateFolder
 
 HEALTH_EVERY_S = 5.0
-FINISH_S = 10.0             # to inspect and commit what waits, when asked to stop
-STOP_DRAIN_S = 3.0          # to deliver it, when stopped by hand
+FINISH_S = 10.0  # to inspect and commit what waits, when asked to stop
+STOP_DRAIN_S = 3.0  # to deliver it, when stopped by hand
 
 log = logging.getLogger(__name__)
 
@@ -51,9 +52,16 @@ class LineReport:
     def text(self) -> str:
         """For people."""
         verdicts = ", ".join(f"{name} {n}" for name, n in sorted(self.verdicts.items())) or "none"
-        lines = [f"results   {self.parts} ({verdicts}), {self.bad} bad frames, {self.dropped} frames skipped, in {self.seconds:.1f} s"]
-        lines += [f"latency   {name}: p50 {values['p50']:.1f} ms, p99 {values['p99']:.1f} ms" for name, values in self.latency_ms.items()]
-        lines.append(f"outbox    {'everything delivered' if not self.unsent else f'{self.unsent} results wait for delivery'}")
+        lines = [
+            f"results   {self.parts} ({verdicts}), {self.bad} bad frames, {self.dropped} frames skipped, in {self.seconds:.1f} s"
+        ]
+        lines += [
+            f"latency   {name}: p50 {values['p50']:.1f} ms, p99 {values['p99']:.1f} ms"
+            for name, values in self.latency_ms.items()
+        ]
+        lines.append(
+            f"outbox    {'everything delivered' if not self.unsent else f'{self.unsent} results wait for delivery'}"
+        )
         return "\n".join(lines)
 
 
@@ -75,7 +83,9 @@ def run_line(settings: LineSettings, max_parts: int | None = None) -> LineReport
             stack.callback(inspector.close)
         delivery = settings.delivery
         limits = Limits(delivery.max_rows, int(delivery.max_mb * 1e6), delivery.max_age_h, delivery.keep_h)
-        outbox = Outbox(folder.outbox, settings.station, lambda camera: f"{settings.base_topic}/{camera}/result", limits)
+        outbox = Outbox(
+            folder.outbox, settings.station, lambda camera: f"{settings.base_topic}/{camera}/result", limits
+        )
         stack.callback(outbox.close)
         _warn(settings)
         return Line(settings, folder, outbox, inspectors).run(max_parts)
@@ -83,7 +93,9 @@ def run_line(settings: LineSettings, max_parts: int | None = None) -> LineReport
 
 def _warn(settings: LineSettings) -> None:
     if settings.mqtt.version != "5":
-        log.warning("mqtt.version is 3.1.1: a broker that refuses a message does not say so; results may be lost unseen")
+        log.warning(
+            "mqtt.version is 3.1.1: a broker that refuses a message does not say so; results may be lost unseen"
+        )
     local = settings.mqtt.host in {EMBEDDED, "localhost", "127.0.0.1", "::1"}
     if settings.mqtt.tls is None and not local:
         log.warning("mqtt.tls is not set: results and password travel in plain text to %s", settings.mqtt.host)
@@ -92,13 +104,19 @@ def _warn(settings: LineSettings) -> None:
 class Line:
     """One running line."""
 
-    def __init__(self, settings: LineSettings, folder: StateFolder, outbox: Outbox, inspectors: dict[str, Inspector]) -> None:
+    def __init__(
+        self, settings: LineSettings, folder: StateFolder, outbox: Outbox, inspectors: dict[str, Inspector]
+    ) -> None:
         self.settings, self.folder, self.outbox, self.inspectors = settings, folder, outbox, inspectors
         self.attention = threading.Event()
         self.stop_asked = threading.Event()
         self.publisher = Publisher(settings, outbox, f"edge-dkm {__version__}")
-        self.pipeline = Pipeline(settings.station, settings.cameras, inspectors, outbox, self._result_topic, self.attention.set)
-        self.captures = {name: Capture(name, camera, self._take, self._camera_changed) for name, camera in settings.cameras.items()}
+        self.pipeline = Pipeline(
+            settings.station, settings.cameras, inspectors, outbox, self._result_topic, self.attention.set
+        )
+        self.captures = {
+            name: Capture(name, camera, self._take, self._camera_changed) for name, camera in settings.cameras.items()
+        }
         self.announcer = Announcer(self)
 
     def run(self, max_parts: int | None) -> LineReport:
@@ -122,7 +140,9 @@ class Line:
             raise error
         if not drained and not self.stop_asked.is_set():
             problem = self.publisher.status().problem or "the broker acknowledges too slowly"
-            raise BrokerError(f"{report.unsent} results wait in the outbox of {self.folder.path} and go out at the next start: {problem}\n{report.text()}")
+            raise BrokerError(
+                f"{report.unsent} results wait in the outbox of {self.folder.path} and go out at the next start: {problem}\n{report.text()}"
+            )
         return report
 
     def _watch(self, max_parts: int | None) -> BaseException | None:
@@ -169,8 +189,12 @@ class Line:
     def _declare_cut_off_parts(self) -> None:
         intents = self.outbox.open_intents()
         if intents:
-            log.warning("%d parts were cut off by the last end of this program; each gets a failed result", len(intents))
-            self.outbox.commit([restart_draft(intent, self.settings.station, self._result_topic(intent.camera)) for intent in intents])
+            log.warning(
+                "%d parts were cut off by the last end of this program; each gets a failed result", len(intents)
+            )
+            self.outbox.commit(
+                [restart_draft(intent, self.settings.station, self._result_topic(intent.camera)) for intent in intents]
+            )
 
     def _stop_capturing(self) -> None:
         for capture in self.captures.values():
@@ -220,12 +244,26 @@ class Line:
         for tally in tallies:
             for verdict, n in tally.verdicts.items():
                 verdicts[verdict] = verdicts.get(verdict, 0) + n
-        return LineReport(sum(t.results for t in tallies), sum(t.bad for t in tallies), sum(sum(t.dropped.values()) for t in tallies), verdicts,
-                          self.outbox.status().rows, seconds, _latencies(list(self.pipeline.timings)))
+        return LineReport(
+            sum(t.results for t in tallies),
+            sum(t.bad for t in tallies),
+            sum(sum(t.dropped.values()) for t in tallies),
+            verdicts,
+            self.outbox.status().rows,
+            seconds,
+            _latencies(list(self.pipeline.timings)),
+        )
 
 
 def _latencies(timings: list[Timings]) -> dict[str, dict[str, float]]:
     if not timings:
         return {}
-    columns = {"infer": [t.infer for t in timings], "capture to answer": [t.total for t in timings], "capture to commit": [t.committed for t in timings]}
-    return {name: {"p50": round(float(np.percentile(v, 50)), 2), "p99": round(float(np.percentile(v, 99)), 2)} for name, v in columns.items()}
+    columns = {
+        "infer": [t.infer for t in timings],
+        "capture to answer": [t.total for t in timings],
+        "capture to commit": [t.committed for t in timings],
+    }
+    return {
+        name: {"p50": round(float(np.percentile(v, 50)), 2), "p99": round(float(np.percentile(v, 99)), 2)}
+        for name, v in columns.items()
+    }

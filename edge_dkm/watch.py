@@ -1,4 +1,5 @@
 """`edge-dkm watch`: shows what a station publishes, as it comes. A small consumer to try a line with."""
+
 from __future__ import annotations
 
 import json
@@ -60,5 +61,7 @@ def describe(topic: str, payload: bytes, base: str) -> str:
         again = " (again)" if message["historical"] else ""
         return f"{message['ts'][11:23]} {message['camera']} #{message['cseq']} {message['verdict']:<7}{cluster}{score}{again}"
     if schema == "dkm.gap/1":
-        return f"{message['ts'][11:23]} {message['camera']} GAP {message['from']} to {message['to']}: {message['reason']}"
+        return (
+            f"{message['ts'][11:23]} {message['camera']} GAP {message['from']} to {message['to']}: {message['reason']}"
+        )
     return f"{place}: {json.dumps({k: v for k, v in message.items() if k not in {'schema', 'ts', 'station', 'session'}}, ensure_ascii=False)}"

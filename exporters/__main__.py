@@ -1,4 +1,5 @@
 """`python -m exporters`: the same as `dkm-export`."""
+
 import sys
 
 from exporters.cli import main

@@ -1,4 +1,5 @@
 """The command line `dkm-export`."""
+
 from __future__ import annotations
 
 import argparse
@@ -12,10 +13,15 @@ from configs.command import Parser, guarded, show
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point; returns the exit code."""
-    parser = Parser(prog="dkm-export", description="Fuse pre-processing, encoder, nearest centroid and novelty of a run into one verified ONNX file.")
+    parser = Parser(
+        prog="dkm-export",
+        description="Fuse pre-processing, encoder, nearest centroid and novelty of a run into one verified ONNX file.",
+    )
     parser.add_argument("run", type=Path, help="a run folder")
     parser.add_argument("-o", "--out", type=Path, required=True, help="the model to write, as part.onnx")
-    parser.add_argument("--device", metavar="PROFILE", help="check that this device profile can run it (a shipped name or a YAML file)")
+    parser.add_argument(
+        "--device", metavar="PROFILE", help="check that this device profile can run it (a shipped name or a YAML file)"
+    )
     parser.add_argument("--frame", type=_frame, metavar="HxW", help="fix the input size (default: any size)")
     parser.add_argument("--int8", action="store_true", help="quantise the encoder (not built yet)")
     parser.add_argument("--json", action="store_true", help="print the result as JSON")
@@ -41,17 +47,34 @@ def _export(arguments: argparse.Namespace) -> int:
 
     profile = load_profile(arguments.device) if arguments.device else None
     exported = export_run(load_run(arguments.run), arguments.out, ExportOptions(arguments.frame, profile))
-    lines = [f"model     {exported.path}  sha256 {exported.sha256[:12]}",
-             f"verified  {exported.golden_images} golden images; PyTorch and onnxruntime differ by at most "
-             f"{exported.parity.max_score_difference:.1e} in the score",
-             "clusters  " + ", ".join(f"{row['name']}{' = ' + row['verdict'] if row.get('verdict') else ''}" for row in exported.clusters),
-             f"novelty   {novelty_sentence(exported.novelty)}"]
+    lines = [
+        f"model     {exported.path}  sha256 {exported.sha256[:12]}",
+        f"verified  {exported.golden_images} golden images; PyTorch and onnxruntime differ by at most "
+        f"{exported.parity.max_score_difference:.1e} in the score",
+        "clusters  "
+        + ", ".join(
+            f"{row['name']}{' = ' + row['verdict'] if row.get('verdict') else ''}" for row in exported.clusters
+        ),
+        f"novelty   {novelty_sentence(exported.novelty)}",
+    ]
     if exported.rejected:
         lines.append(f"          calibrated without the rejected clusters {', '.join(exported.rejected)}")
     if profile is not None and not profile.run_here:
-        lines.append(f"device    {profile.title}: written from documentation, not run by this project; `edge-dkm verify` proves it on the device")
-    show(arguments.json, {"model": str(exported.path), "sha256": exported.sha256, "golden_images": exported.golden_images, "novelty": exported.novelty,
-                          "max_score_difference": exported.parity.max_score_difference, "clusters": exported.clusters}, "\n".join(lines))
+        lines.append(
+            f"device    {profile.title}: written from documentation, not run by this project; `edge-dkm verify` proves it on the device"
+        )
+    show(
+        arguments.json,
+        {
+            "model": str(exported.path),
+            "sha256": exported.sha256,
+            "golden_images": exported.golden_images,
+            "novelty": exported.novelty,
+            "max_score_difference": exported.parity.max_score_difference,
+            "clusters": exported.clusters,
+        },
+        "\n".join(lines),
+    )
     return 0
 
 

@@ -1,4 +1,5 @@
 """What can go wrong in an export."""
+
 from __future__ import annotations
 
 

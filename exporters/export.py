@@ -1,4 +1,5 @@
 """Run folder -> verified `.onnx` with its golden images and digest beside it. `dkm-export` calls it; nothing is written until all checks passed."""
+
 from __future__ import annotations
 
 import hashlib
@@ -69,26 +70,41 @@ def export_run(run: Run, path: Path, options: ExportOptions | None = None) -> Ex
         answers = make_golden(draft, fused, candidates)
         parity = check_parity(draft, fused, answers.images)
         golden_bytes = save_golden(answers)
-        props |= {"dkm.golden_sha256": hashlib.sha256(golden_bytes).hexdigest(),
-                  "dkm.parity": json.dumps({"max_abs": parity.max_score_difference, "id_agreement": 1.0, "ort": ort.__version__})}
+        props |= {
+            "dkm.golden_sha256": hashlib.sha256(golden_bytes).hexdigest(),
+            "dkm.parity": json.dumps(
+                {"max_abs": parity.max_score_difference, "id_agreement": 1.0, "ort": ort.__version__}
+            ),
+        }
         data = _with_metadata(proto, props)
         verify_golden(Inspector(data), answers)
     except EdgeError as error:
         raise ExportError(f"the exported graph fails its own checks, nothing was written: {error}") from error
     _write(path, data, golden_bytes)
-    return Exported(path, hashlib.sha256(data).hexdigest(), parity, len(answers.images), novelty, clusters,
-                    [row["name"] for row in clusters if row["id"] in rejected])
+    return Exported(
+        path,
+        hashlib.sha256(data).hexdigest(),
+        parity,
+        len(answers.images),
+        novelty,
+        clusters,
+        [row["name"] for row in clusters if row["id"] in rejected],
+    )
 
 
 def _frame(run: Run, options: ExportOptions) -> tuple[int, int] | None:
     preprocess, profile = run.settings.preprocess, options.profile
     size = (run.model.preprocess.height_px, run.model.preprocess.width_px)
     if profile is not None and preprocess.resize not in profile.resize:
-        raise ExportError(f"device {profile.title} cannot run preprocess.resize: {preprocess.resize}, expected one of {', '.join(profile.resize)}; "
-                          f"train with one of them (another resize would give other answers)")
+        raise ExportError(
+            f"device {profile.title} cannot run preprocess.resize: {preprocess.resize}, expected one of {', '.join(profile.resize)}; "
+            f"train with one of them (another resize would give other answers)"
+        )
     if preprocess.resize == "none":
         if options.frame is not None and options.frame != size:
-            raise ExportError(f"--frame is {options.frame[0]}x{options.frame[1]}, but with preprocess.resize: none the frame is {size[0]}x{size[1]}")
+            raise ExportError(
+                f"--frame is {options.frame[0]}x{options.frame[1]}, but with preprocess.resize: none the frame is {size[0]}x{size[1]}"
+            )
         return size
     if options.frame is not None:
         run.model.preprocess.check_step(*options.frame)
@@ -96,7 +112,9 @@ def _frame(run: Run, options: ExportOptions) -> tuple[int, int] | None:
     if preprocess.resize == "matmul" or (profile is not None and profile.fixed_frame):
         common = run.info["input"]["roi"][2:] if run.info["input"]["roi"] else run.info["input"]["frame"]
         if not common:
-            raise ExportError("this device and resize mode need a fixed frame size and the training images have several; give --frame HxW (the ROI's size)")
+            raise ExportError(
+                "this device and resize mode need a fixed frame size and the training images have several; give --frame HxW (the ROI's size)"
+            )
         return int(common[1]), int(common[0])
     return None
 
@@ -105,28 +123,69 @@ def _calibrate(run: Run, rejected: frozenset[int]) -> dict[str, Any]:
     """Novelty for the parts that are not rejected anyway; the run's own figures where nothing is."""
     settings = run.settings.calibration or NoveltySettings()
     calibration = set_calibration(run.model, run.parts, settings, rejected)
-    return {**run.info["novelty"], "promised_frr": calibration.promised_frr, "n_calib": len(calibration.scores), "groups": calibration.groups,
-            "scale": calibration.scale}
+    return {
+        **run.info["novelty"],
+        "promised_frr": calibration.promised_frr,
+        "n_calib": len(calibration.scores),
+        "groups": calibration.groups,
+        "scale": calibration.scale,
+    }
 
 
-def _metadata(run: Run, model_id: str, clusters: list[dict[str, Any]], novelty: dict[str, Any], frame: tuple[int, int] | None) -> dict[str, str]:
+def _metadata(
+    run: Run, model_id: str, clusters: list[dict[str, Any]], novelty: dict[str, Any], frame: tuple[int, int] | None
+) -> dict[str, str]:
     info, preprocess = run.info, run.settings.preprocess
     height, width = frame or (None, None)
     values: dict[str, Any] = {
-        "dkm.contract": CONTRACT, "dkm.model_id": model_id, "dkm.producer": f"edge-dkm {__version__}",
-        "dkm.created": datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"), "dkm.method": info["method"], "dkm.encoder": info["encoder"],
-        "dkm.embed_dim": run.model.projection.out_dim, "dkm.n_clusters": run.model.n_clusters, "dkm.metric": "euclidean",
-        "dkm.input": {"layout": "NHWC", "dtype": "uint8", "color": "bgr", "h": height, "w": width, "fit": preprocess.fit,
-                      "roi": info["input"]["roi"], "frame": info["input"]["frame"]},
-        "dkm.preprocess": [{"op": "resize", "mode": preprocess.resize, "fit": preprocess.fit, "antialias": preprocess.antialias,
-                            "h": run.model.preprocess.height_px, "w": run.model.preprocess.width_px},
-                           {"op": "normalise", "color": preprocess.color, **info["preprocess"]}],
-        "dkm.projection": {"kind": run.settings.projection.kind, "sqrt": run.settings.projection.sqrt, "l2": run.settings.projection.l2},
-        "dkm.clusters": clusters, "dkm.novelty": novelty,
+        "dkm.contract": CONTRACT,
+        "dkm.model_id": model_id,
+        "dkm.producer": f"edge-dkm {__version__}",
+        "dkm.created": datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
+        "dkm.method": info["method"],
+        "dkm.encoder": info["encoder"],
+        "dkm.embed_dim": run.model.projection.out_dim,
+        "dkm.n_clusters": run.model.n_clusters,
+        "dkm.metric": "euclidean",
+        "dkm.input": {
+            "layout": "NHWC",
+            "dtype": "uint8",
+            "color": "bgr",
+            "h": height,
+            "w": width,
+            "fit": preprocess.fit,
+            "roi": info["input"]["roi"],
+            "frame": info["input"]["frame"],
+        },
+        "dkm.preprocess": [
+            {
+                "op": "resize",
+                "mode": preprocess.resize,
+                "fit": preprocess.fit,
+                "antialias": preprocess.antialias,
+                "h": run.model.preprocess.height_px,
+                "w": run.model.preprocess.width_px,
+            },
+            {"op": "normalise", "color": preprocess.color, **info["preprocess"]},
+        ],
+        "dkm.projection": {
+            "kind": run.settings.projection.kind,
+            "sqrt": run.settings.projection.sqrt,
+            "l2": run.settings.projection.l2,
+        },
+        "dkm.clusters": clusters,
+        "dkm.novelty": novelty,
         "dkm.train": {key: info["train"][key] for key in ("n", "n_train", "manifest_sha256", "seed", "git")},
-        "dkm.metrics": info["metrics"], "dkm.reference_hist": info["reference"], "dkm.parity": {}, "dkm.golden_sha256": "", "dkm.license": "",
+        "dkm.metrics": info["metrics"],
+        "dkm.reference_hist": info["reference"],
+        "dkm.parity": {},
+        "dkm.golden_sha256": "",
+        "dkm.license": "",
     }
-    return {key: json.dumps(values[key], ensure_ascii=False, allow_nan=False) if is_json else str(values[key]) for key, is_json in METADATA.items()}
+    return {
+        key: json.dumps(values[key], ensure_ascii=False, allow_nan=False) if is_json else str(values[key])
+        for key, is_json in METADATA.items()
+    }
 
 
 def _with_metadata(proto: onnx.ModelProto, props: dict[str, str]) -> bytes:

@@ -21,6 +21,7 @@ Symbols: N frames, H x W pixels of the ROI, C h w the encoder's input, F feature
 
     * overridable: an input with an initialiser. They are traced as inputs, so that no constant folding can touch them.
 """
+
 from __future__ import annotations
 
 import torch
@@ -44,7 +45,7 @@ class FusedModel(nn.Module):
 
     def forward(self, image: Tensor, novelty_threshold: Tensor, *codebook: Tensor) -> tuple[Tensor, ...]:
         centroids, cluster_mean, cluster_radius, novelty_scale, calibration, calibration_weight = codebook
-        embedding = self.model.embed_pixels(self.model.preprocess.geometry(image))                  # (N, D)
+        embedding = self.model.embed_pixels(self.model.preprocess.geometry(image))  # (N, D)
         d2 = self._squared_distances(self.model.projection.to_cluster_space(embedding), centroids)  # (N, K)
         distances = d2.sqrt()
         distance, cluster_id = distances.min(1)
@@ -61,6 +62,12 @@ class FusedModel(nn.Module):
     def overridable(self) -> dict[str, Tensor]:
         """The initial values of the overridable inputs, in the order of `forward`."""
         model = self.model
-        return {"novelty_threshold": torch.ones(1), "centroids": model.centroids.detach(), "cluster_mean": model.cluster_mean,
-                "cluster_radius": model.cluster_radius, "novelty_scale": model.novelty_scale, "calibration": model.calibration,
-                "calibration_weight": model.calibration_weight}
+        return {
+            "novelty_threshold": torch.ones(1),
+            "centroids": model.centroids.detach(),
+            "cluster_mean": model.cluster_mean,
+            "cluster_radius": model.cluster_radius,
+            "novelty_scale": model.novelty_scale,
+            "calibration": model.calibration,
+            "calibration_weight": model.calibration_weight,
+        }

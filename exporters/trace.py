@@ -1,4 +1,5 @@
 """Traces the fused model into an ONNX ModelProto of contract 1: names, overridable inputs, versions, standard operators only."""
+
 from __future__ import annotations
 
 import contextlib
@@ -16,14 +17,22 @@ from edge_dkm.contract import CODEBOOK, IMAGE, INPUT, IR_VERSION, OPSET, OUTPUTS
 from exporters.errors import ExportError
 from exporters.graph import FusedModel
 
-TYPES = {"tensor(uint8)": TensorProto.UINT8, "tensor(int64)": TensorProto.INT64, "tensor(float)": TensorProto.FLOAT, "tensor(bool)": TensorProto.BOOL}
+TYPES = {
+    "tensor(uint8)": TensorProto.UINT8,
+    "tensor(int64)": TensorProto.INT64,
+    "tensor(float)": TensorProto.FLOAT,
+    "tensor(bool)": TensorProto.BOOL,
+}
 
 
 def trace(fused: FusedModel, frame: tuple[int, int] | None) -> onnx.ModelProto:
     """The graph for frames of `frame` (height, width), or of any size where None."""
     fused.eval()
     preprocess = fused.model.preprocess
-    height, width = frame or (preprocess.height_px + 13, preprocess.width_px + 7)      # odd on purpose: nothing may specialise on it
+    height, width = frame or (
+        preprocess.height_px + 13,
+        preprocess.width_px + 7,
+    )  # odd on purpose: nothing may specialise on it
     values = fused.overridable()
     dynamic = torch.export.Dim.DYNAMIC
     axes = {0: dynamic} if frame else {0: dynamic, 1: dynamic, 2: dynamic}
@@ -31,9 +40,19 @@ def trace(fused: FusedModel, frame: tuple[int, int] | None) -> onnx.ModelProto:
     traced = [v.repeat(3) if name.startswith("calibration") else v for name, v in values.items()]
     with _quiet():
         program = torch.onnx.export(
-            fused, (torch.zeros(2, height, width, 3, dtype=torch.uint8), *traced), dynamo=True, opset_version=OPSET, verbose=False,
-            input_names=[IMAGE, *values], output_names=[spec.name for spec in OUTPUTS],
-            dynamic_shapes=(axes, {}, tuple({0: dynamic} if spec.name.startswith("calibration") else {} for spec in CODEBOOK)))
+            fused,
+            (torch.zeros(2, height, width, 3, dtype=torch.uint8), *traced),
+            dynamo=True,
+            opset_version=OPSET,
+            verbose=False,
+            input_names=[IMAGE, *values],
+            output_names=[spec.name for spec in OUTPUTS],
+            dynamic_shapes=(
+                axes,
+                {},
+                tuple({0: dynamic} if spec.name.startswith("calibration") else {} for spec in CODEBOOK),
+            ),
+        )
     if program is None:
         raise ExportError("PyTorch's exporter returned nothing for this model")
     proto = program.model_proto
@@ -50,10 +69,16 @@ def _rewrite_interface(graph: onnx.GraphProto, values: dict[str, np.ndarray], fr
         sizes |= {"H": frame[0], "W": frame[1]}
 
     def value_info(spec: TensorSpec) -> onnx.ValueInfoProto:
-        return helper.make_tensor_value_info(spec.name, TYPES[spec.dtype], [sizes.get(axis, axis) if isinstance(axis, str) else axis for axis in spec.shape])
+        return helper.make_tensor_value_info(
+            spec.name,
+            TYPES[spec.dtype],
+            [sizes.get(axis, axis) if isinstance(axis, str) else axis for axis in spec.shape],
+        )
 
     for spec in OVERRIDABLE:
-        graph.initializer.append(numpy_helper.from_array(np.ascontiguousarray(values[spec.name], np.float32), spec.name))
+        graph.initializer.append(
+            numpy_helper.from_array(np.ascontiguousarray(values[spec.name], np.float32), spec.name)
+        )
     del graph.input[:], graph.output[:], graph.value_info[:]
     graph.input.extend(value_info(spec) for spec in (INPUT, *OVERRIDABLE))
     graph.output.extend(value_info(spec) for spec in OUTPUTS)
@@ -63,8 +88,10 @@ def _rewrite_interface(graph: onnx.GraphProto, values: dict[str, np.ndarray], fr
 def _check_operators(proto: onnx.ModelProto) -> None:
     foreign = sorted({node.domain for node in proto.graph.node} | {f.domain for f in proto.functions})
     if [domain for domain in foreign if domain]:
-        raise ExportError(f"the traced graph uses operators of {', '.join(filter(None, foreign))}, expected standard ONNX operators only; "
-                          f"this encoder cannot be exported")
+        raise ExportError(
+            f"the traced graph uses operators of {', '.join(filter(None, foreign))}, expected standard ONNX operators only; "
+            f"this encoder cannot be exported"
+        )
     proto.ClearField("functions")
     del proto.opset_import[:]
     proto.opset_import.append(helper.make_opsetid("", OPSET))

@@ -2,6 +2,7 @@
 
 What a device repeats later is edge_dkm/golden.py; this adds the comparison with PyTorch.
 """
+
 from __future__ import annotations
 
 from dataclasses import dataclass
@@ -16,8 +17,8 @@ from edge_dkm.inspector import Inspector, Outputs
 from exporters.errors import ExportError
 from exporters.graph import FusedModel
 
-TOLERANCE = 1e-4        # on scores and, relative to max(1, distance), on distances; fp32
-DECISIVE = 10.0         # golden parts have margins of that many tolerances
+TOLERANCE = 1e-4  # on scores and, relative to max(1, distance), on distances; fp32
+DECISIVE = 10.0  # golden parts have margins of that many tolerances
 MIN_PARTS = 1
 
 Image = NDArray[np.uint8]
@@ -42,19 +43,38 @@ def make_golden(inspector: Inspector, fused: FusedModel, candidates: list[Image]
     usable = [image for image in candidates if spec.h is None or image.shape[:2] == (spec.h, spec.w)]
     if not usable:
         sizes = sorted({f"{i.shape[1]}x{i.shape[0]}" for i in candidates})
-        raise ExportError(f"none of the run's golden images ({', '.join(sizes) or 'none kept'}) has the size {spec.w}x{spec.h} of the graph; "
-                          f"choose --frame among them, or train on images of that size")
+        raise ExportError(
+            f"none of the run's golden images ({', '.join(sizes) or 'none kept'}) has the size {spec.w}x{spec.h} of the graph; "
+            f"choose --frame among them, or train on images of that size"
+        )
     height, width = usable[0].shape[:2]
     images = [*usable, np.zeros((height, width, 3), np.uint8), np.full((height, width, 3), 255, np.uint8)]
     kinds = [PART] * len(usable) + [BLACK, WHITE]
     answers = [inspector.run(image[None], ("distances", "novelty_score"), overrides={}) for image in images]
-    codebook = {name: value.detach().cpu().numpy() for name, value in fused.overridable().items() if name != "novelty_threshold"}
-    golden = Golden(images, kinds, np.concatenate([a["distances"] for a in answers]).astype(np.float32),
-                    np.concatenate([a["novelty_score"] for a in answers]).astype(np.float32), codebook, TOLERANCE)
+    codebook = {
+        name: value.detach().cpu().numpy() for name, value in fused.overridable().items() if name != "novelty_threshold"
+    }
+    golden = Golden(
+        images,
+        kinds,
+        np.concatenate([a["distances"] for a in answers]).astype(np.float32),
+        np.concatenate([a["novelty_score"] for a in answers]).astype(np.float32),
+        codebook,
+        TOLERANCE,
+    )
     keep = [n for n in range(len(images)) if kinds[n] != PART or golden.is_decisive(n, DECISIVE)]
     if sum(kinds[n] == PART for n in keep) < MIN_PARTS:
-        raise ExportError(f"none of {len(usable)} training images lies clearly nearer to one centroid than to the next; the clusters coincide, train again")
-    return Golden([images[n] for n in keep], [kinds[n] for n in keep], golden.distances[keep], golden.novelty_score[keep], codebook, TOLERANCE)
+        raise ExportError(
+            f"none of {len(usable)} training images lies clearly nearer to one centroid than to the next; the clusters coincide, train again"
+        )
+    return Golden(
+        [images[n] for n in keep],
+        [kinds[n] for n in keep],
+        golden.distances[keep],
+        golden.novelty_score[keep],
+        codebook,
+        TOLERANCE,
+    )
 
 
 def check_parity(inspector: Inspector, fused: FusedModel, images: list[Image]) -> Parity:
@@ -83,15 +103,21 @@ def check_parity(inspector: Inspector, fused: FusedModel, images: list[Image]) -
 def _compare(n: int, actual: Outputs, expected: Outputs) -> tuple[float, float]:
     for name, value in expected.items():
         if actual[name].shape != value.shape or actual[name].dtype != value.dtype:
-            raise ExportError(f"output {name} of image {n} is {actual[name].dtype} {actual[name].shape} in onnxruntime, {value.dtype} {value.shape} in PyTorch")
+            raise ExportError(
+                f"output {name} of image {n} is {actual[name].dtype} {actual[name].shape} in onnxruntime, {value.dtype} {value.shape} in PyTorch"
+            )
         if not np.isfinite(actual[name].astype(np.float64)).all():
             raise ExportError(f"output {name} of image {n} is not finite in onnxruntime: {actual[name].ravel()[:4]}")
     ordered = np.sort(expected["distances"][0])
     scale = max(1.0, float(ordered[0]))
     wanted_distances = expected["distances"].astype(np.float64)
-    distance_gap = float((np.abs(actual["distances"].astype(np.float64) - wanted_distances) / np.maximum(1.0, wanted_distances)).max())
+    distance_gap = float(
+        (np.abs(actual["distances"].astype(np.float64) - wanted_distances) / np.maximum(1.0, wanted_distances)).max()
+    )
     if distance_gap > TOLERANCE:
-        raise ExportError(f"distances of image {n} differ by {distance_gap:.2g} between onnxruntime and PyTorch, expected at most {TOLERANCE:g}")
+        raise ExportError(
+            f"distances of image {n} differ by {distance_gap:.2g} between onnxruntime and PyTorch, expected at most {TOLERANCE:g}"
+        )
     decisive = len(ordered) == 1 or float(ordered[1] - ordered[0]) > 2 * TOLERANCE * scale
     actual_id, expected_id = int(actual["cluster_id"][0]), int(expected["cluster_id"][0])
     if actual_id != expected_id:
@@ -101,5 +127,7 @@ def _compare(n: int, actual: Outputs, expected: Outputs) -> tuple[float, float]:
     score, wanted = float(actual["novelty_score"][0]), float(expected["novelty_score"][0])
     score_gap = abs(score - wanted) / max(1.0, abs(wanted))
     if score_gap > TOLERANCE:
-        raise ExportError(f"novelty_score of image {n} is {score:.6f} in onnxruntime, {wanted:.6f} in PyTorch, expected within {TOLERANCE:g}")
+        raise ExportError(
+            f"novelty_score of image {n} is {score:.6f} in onnxruntime, {wanted:.6f} in PyTorch, expected within {TOLERANCE:g}"
+        )
     return score_gap, distance_gap

@@ -1,4 +1,5 @@
 """Fixtures that several packages' tests share: a tiny trained run and the model exported from it, made once per session."""
+
 from __future__ import annotations
 
 import shutil

@@ -1,4 +1,5 @@
 """Small drawn image sets that tests train on: three kinds of shapes, noisy, with optional defects. No file of ours is needed."""
+
 from __future__ import annotations
 
 from pathlib import Path

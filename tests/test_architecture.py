@@ -1,4 +1,5 @@
 """The house rules that a machine can check: which package may import which, what the device never loads, how large things may grow."""
+
 from __future__ import annotations
 
 import ast
@@ -50,27 +51,47 @@ def name(path: Path) -> str:
 
 
 def test_data_flows_one_way() -> None:
-    wrong = [(name(path), module) for package, path, tree in sources() for module in imported(tree)
-             if (top := module.split(".")[0]) in PACKAGES and top != package and top not in MAY_IMPORT[package]]
+    wrong = [
+        (name(path), module)
+        for package, path, tree in sources()
+        for module in imported(tree)
+        if (top := module.split(".")[0]) in PACKAGES and top != package and top not in MAY_IMPORT[package]
+    ]
     assert wrong == []
 
 
 def test_nothing_on_the_device_imports_the_training_stack() -> None:
-    wrong = [(name(path), module) for package, path, tree in sources() for module in imported(tree)
-             if package in {"configs", "devices", "edge_dkm"} and module.split(".")[0] in EDGE_NEVER]
+    wrong = [
+        (name(path), module)
+        for package, path, tree in sources()
+        for module in imported(tree)
+        if package in {"configs", "devices", "edge_dkm"} and module.split(".")[0] in EDGE_NEVER
+    ]
     assert wrong == []
 
 
 def test_the_inspector_imports_neither_devices_nor_configs() -> None:
-    trees = {path.stem: tree for package, path, tree in sources() if package == "edge_dkm" and path.parent.name == "edge_dkm"}
-    wrong = [(stem, module) for stem in INSPECTOR_FILES for module in imported(trees[stem])
-             if module.split(".")[0] in {"devices", "configs", "pydantic", "yaml", "cv2", "paho"}]
+    trees = {
+        path.stem: tree for package, path, tree in sources() if package == "edge_dkm" and path.parent.name == "edge_dkm"
+    }
+    wrong = [
+        (stem, module)
+        for stem in INSPECTOR_FILES
+        for module in imported(trees[stem])
+        if module.split(".")[0] in {"devices", "configs", "pydantic", "yaml", "cv2", "paho"}
+    ]
     assert wrong == []
 
 
 @pytest.mark.parametrize("library", RESERVED)
 def test_each_delicate_library_has_one_home(library: str) -> None:
-    users = {name(path) for package, path, tree in sources() if package != "trainer" for module in imported(tree) if module.split(".")[0] == library}
+    users = {
+        name(path)
+        for package, path, tree in sources()
+        if package != "trainer"
+        for module in imported(tree)
+        if module.split(".")[0] == library
+    }
     assert users <= RESERVED[library]
 
 
@@ -80,8 +101,12 @@ def test_only_the_clock_reads_the_wall_clock_on_the_device() -> None:
         if package not in {"devices", "edge_dkm"} or path.name == "clock.py":
             continue
         for node in ast.walk(tree):
-            if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and (node.value.id, node.attr) in {
-                    ("time", "time"), ("time", "time_ns"), ("datetime", "now"), ("datetime", "utcnow")}:
+            if (
+                isinstance(node, ast.Attribute)
+                and isinstance(node.value, ast.Name)
+                and (node.value.id, node.attr)
+                in {("time", "time"), ("time", "time_ns"), ("datetime", "now"), ("datetime", "utcnow")}
+            ):
                 wrong.append(f"{name(path)}:{node.lineno}")
     assert wrong == []
 
@@ -107,7 +132,12 @@ def test_every_module_says_what_it_is() -> None:
 
 
 def test_input_is_never_checked_by_assert() -> None:
-    assert [f"{name(path)}:{node.lineno}" for _, path, tree in sources() for node in ast.walk(tree) if isinstance(node, ast.Assert)] == []
+    assert [
+        f"{name(path)}:{node.lineno}"
+        for _, path, tree in sources()
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Assert)
+    ] == []
 
 
 def test_tests_mirror_the_packages() -> None:
@@ -145,8 +175,18 @@ def test_the_base_install_is_the_edge_and_no_more() -> None:
 
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     names = {dependency.split(">")[0].split("<")[0].split("[")[0] for dependency in project["dependencies"]}
-    assert names == {"numpy", "onnxruntime", "opencv-python-headless", "paho-mqtt", "pydantic", "pyyaml", "cryptography"}
-    pinned = {line.split("==")[0].lower() for line in (ROOT / "constraints.txt").read_text().splitlines() if "==" in line}
+    assert names == {
+        "numpy",
+        "onnxruntime",
+        "opencv-python-headless",
+        "paho-mqtt",
+        "pydantic",
+        "pyyaml",
+        "cryptography",
+    }
+    pinned = {
+        line.split("==")[0].lower() for line in (ROOT / "constraints.txt").read_text().splitlines() if "==" in line
+    }
     assert names <= pinned and "torch==2.13.0" in (ROOT / "constraints.txt").read_text()
 
 

@@ -1,4 +1,5 @@
 """Waits for another thread or process where it offers no event."""
+
 from __future__ import annotations
 
 import time

@@ -1,4 +1,5 @@
 """Learns image encoders and clusters, and calibrates novelty: `fit(settings)` gives a run folder that dkm-export turns into one ONNX file."""
+
 from __future__ import annotations
 
 from typing import TYPE_CHECKING

@@ -1,4 +1,5 @@
 """`python -m trainer` and `torchrun -m trainer`: the same as `dkm-train`."""
+
 import sys
 
 from trainer.cli import main

@@ -6,6 +6,7 @@ labels.yaml          names and verdicts, editable  metrics.jsonl          one li
 assignments.csv      one line per image            report.html            one file, offline
 golden/              images the exporter proves its graph on       checkpoints/ while training
 """
+
 from __future__ import annotations
 
 import csv
@@ -68,7 +69,13 @@ class Run:
         rows = []
         for row in self.info["clusters"]:
             label = labels.clusters.get(row["id"], ClusterLabel())
-            rows.append({**row, **({"name": label.name} if label.name else {}), **({"verdict": label.verdict} if label.verdict else {})})
+            rows.append(
+                {
+                    **row,
+                    **({"name": label.name} if label.name else {}),
+                    **({"verdict": label.verdict} if label.verdict else {}),
+                }
+            )
         return rows
 
 
@@ -84,11 +91,17 @@ def save_run(run: Run, folder: Path, assignments: Sequence[Sequence[object]]) ->
     """Writes the files; model.json last, since its presence says that the run is complete. labels.yaml is kept if it is there."""
     folder.mkdir(parents=True, exist_ok=True)
     model = run.model
-    _save_tensors(folder / "encoder.safetensors", _tensors(model.encoder, "encoder.") | _tensors(model.preprocess, "preprocess."))
+    _save_tensors(
+        folder / "encoder.safetensors", _tensors(model.encoder, "encoder.") | _tensors(model.preprocess, "preprocess.")
+    )
     codebook = _tensors(model.projection, "projection.") | {
-        "centroids": model.centroids.detach(), "cluster_mean": model.cluster_mean, "cluster_radius": model.cluster_radius,
-        "calibration_score": torch.from_numpy(run.parts.score), "calibration_cluster": torch.from_numpy(run.parts.cluster),
-        "calibration_group": torch.from_numpy(run.parts.group)}
+        "centroids": model.centroids.detach(),
+        "cluster_mean": model.cluster_mean,
+        "cluster_radius": model.cluster_radius,
+        "calibration_score": torch.from_numpy(run.parts.score),
+        "calibration_cluster": torch.from_numpy(run.parts.cluster),
+        "calibration_group": torch.from_numpy(run.parts.group),
+    }
     _save_tensors(folder / "codebook.safetensors", codebook)
     with (folder / "assignments.csv").open("w", newline="", encoding="utf-8") as file:
         csv.writer(file).writerows([ASSIGNMENT_COLUMNS, *assignments])
@@ -122,7 +135,11 @@ def load_run(path: str | Path, device: str = "cpu") -> Run:
     if not folder.is_dir():
         raise ArtifactError(f"{folder}: no such run folder; `dkm-train fit` writes one")
     if not (folder / "model.json").is_file():
-        state = "an unfinished run; `dkm-train fit ... --resume` completes it" if (folder / "config.yaml").is_file() else "no run folder (no model.json)"
+        state = (
+            "an unfinished run; `dkm-train fit ... --resume` completes it"
+            if (folder / "config.yaml").is_file()
+            else "no run folder (no model.json)"
+        )
         raise ArtifactError(f"{folder} is {state}")
     try:
         info = json.loads((folder / "model.json").read_text(encoding="utf-8"))
@@ -136,8 +153,12 @@ def load_run(path: str | Path, device: str = "cpu") -> Run:
         if isinstance(error, ConfigError):
             raise
         raise ArtifactError(f"{folder} is a damaged run: {' '.join(str(error).split())[:200]}") from None
-    parts = CalibrationParts(codebook["calibration_score"].numpy(), codebook["calibration_cluster"].numpy().astype(np.int64),
-                             codebook["calibration_group"].numpy().astype(np.int64), info["novelty"]["kind"] != "uncalibrated")
+    parts = CalibrationParts(
+        codebook["calibration_score"].numpy(),
+        codebook["calibration_cluster"].numpy().astype(np.int64),
+        codebook["calibration_group"].numpy().astype(np.int64),
+        info["novelty"]["kind"] != "uncalibrated",
+    )
     set_calibration(model, parts, settings.calibration or NoveltySettings())
     return Run(folder, settings, model.to(device).eval(), parts, info, info.get("metrics", {}))
 
@@ -163,9 +184,14 @@ def load_labels(folder: Path, n_clusters: int) -> Labels:
 
 
 def _labels_template(clusters: list[dict[str, Any]]) -> str:
-    lines = ["# Names and verdicts of the clusters; look at report.html, edit, then run dkm-export.",
-             "# verdict: pass | review | reject; without one, the line's default applies.", "clusters:"]
-    return "\n".join(lines + [f"  {row['id']}: {{name: {row['name']}}}    # {row['n']} images" for row in clusters]) + "\n"
+    lines = [
+        "# Names and verdicts of the clusters; look at report.html, edit, then run dkm-export.",
+        "# verdict: pass | review | reject; without one, the line's default applies.",
+        "clusters:",
+    ]
+    return (
+        "\n".join(lines + [f"  {row['id']}: {{name: {row['name']}}}    # {row['n']} images" for row in clusters]) + "\n"
+    )
 
 
 def _save_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
@@ -178,8 +204,12 @@ def _tensors(module: torch.nn.Module, prefix: str) -> dict[str, Tensor]:
 
 
 def _load_tensors(model: ClusterModel, encoder: dict[str, Tensor], codebook: dict[str, Tensor]) -> None:
-    model.encoder.load_state_dict({k.removeprefix("encoder."): v for k, v in encoder.items() if k.startswith("encoder.")})
-    model.projection.load_state_dict({k.removeprefix("projection."): v for k, v in codebook.items() if k.startswith("projection.")})
+    model.encoder.load_state_dict(
+        {k.removeprefix("encoder."): v for k, v in encoder.items() if k.startswith("encoder.")}
+    )
+    model.projection.load_state_dict(
+        {k.removeprefix("projection."): v for k, v in codebook.items() if k.startswith("projection.")}
+    )
     with torch.no_grad():
         model.preprocess.mean.copy_(encoder["preprocess.mean"])
         model.preprocess.std.copy_(encoder["preprocess.std"])

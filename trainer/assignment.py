@@ -2,6 +2,7 @@
 
 Source: Xie, Girshick, Farhadi, "Unsupervised Deep Embedding for Clustering Analysis", 2016, arXiv 1511.06335, eq. 1 and 3.
 """
+
 from __future__ import annotations
 
 import torch

@@ -1,4 +1,5 @@
 """Saves and restores the state of a training run, so that a resumed run ends as an uninterrupted one. Safetensors, never a pickle."""
+
 from __future__ import annotations
 
 import json
@@ -29,7 +30,9 @@ class Position:
     manifest_sha256: str
 
 
-def save_checkpoint(folder: Path, position: Position, learner: Learner, method: Method, optimizer: torch.optim.Optimizer) -> None:
+def save_checkpoint(
+    folder: Path, position: Position, learner: Learner, method: Method, optimizer: torch.optim.Optimizer
+) -> None:
     """Writes `folder/last.safetensors`: temporary file, fsync, rename."""
     tensors = {f"model.{k}": v for k, v in learner.model.state_dict().items()}
     if learner.decoder is not None:
@@ -39,7 +42,11 @@ def save_checkpoint(folder: Path, position: Position, learner: Learner, method: 
         tensors |= {f"optimizer.{n}.{k}": v for k, v in state.items() if isinstance(v, Tensor)}
     folder.mkdir(parents=True, exist_ok=True)
     temporary = folder / f".{NAME}.tmp"
-    save_file({k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()}, temporary, {"position": json.dumps(position.__dict__)})
+    save_file(
+        {k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()},
+        temporary,
+        {"position": json.dumps(position.__dict__)},
+    )
     with temporary.open("rb") as file:
         os.fsync(file.fileno())
     temporary.replace(folder / NAME)
@@ -68,7 +75,9 @@ class Checkpoint:
         optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
 
     def _part(self, name: str) -> dict[str, Tensor]:
-        return {key.removeprefix(f"{name}."): value for key, value in self.tensors.items() if key.startswith(f"{name}.")}
+        return {
+            key.removeprefix(f"{name}."): value for key, value in self.tensors.items() if key.startswith(f"{name}.")
+        }
 
 
 def load_checkpoint(folder: Path, config_sha256: str, manifest_sha256: str) -> Checkpoint | None:
@@ -87,9 +96,13 @@ def load_checkpoint(folder: Path, config_sha256: str, manifest_sha256: str) -> C
     except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
         raise ArtifactError(f"{path} cannot be read ({error}); delete it to start again") from None
     if position.config_sha256 != config_sha256:
-        raise ArtifactError(f"{path} was written with other settings (sha256 {position.config_sha256[:12]}, now {config_sha256[:12]}); "
-                            f"resume with the same ones, or choose another --out")
+        raise ArtifactError(
+            f"{path} was written with other settings (sha256 {position.config_sha256[:12]}, now {config_sha256[:12]}); "
+            f"resume with the same ones, or choose another --out"
+        )
     if position.manifest_sha256 != manifest_sha256:
-        raise ArtifactError(f"{path} was written for other images (manifest {position.manifest_sha256[:12]}, now {manifest_sha256[:12]}); "
-                            f"restore the data, or choose another --out")
+        raise ArtifactError(
+            f"{path} was written for other images (manifest {position.manifest_sha256[:12]}, now {manifest_sha256[:12]}); "
+            f"restore the data, or choose another --out"
+        )
     return Checkpoint(position, tensors)

@@ -1,4 +1,5 @@
 """The command line `dkm-train`. Heavy modules are imported inside the commands: `--help` answers at once."""
+
 from __future__ import annotations
 
 import argparse
@@ -15,7 +16,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Entry point; returns the exit code."""
     parser = Parser(prog="dkm-train", description="Learn image clusters and calibrate novelty, without labels.")
     parser.planned = PLANNED
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=argparse.ArgumentParser)
+    commands = parser.add_subparsers(
+        dest="command", required=True, metavar="COMMAND", parser_class=argparse.ArgumentParser
+    )
 
     fit = add_command(commands, "fit", _fit, "learn from a settings file or a shipped name")
     fit.add_argument("config", help="a YAML file, or a shipped name such as demo or x_sdd_dec")
@@ -33,7 +36,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     predict = add_command(commands, "predict", _predict, "cluster, distance and novelty of each image")
     _add_run_and_data(predict)
-    predict.add_argument("--sort-into", type=Path, metavar="DIR", help="link each image into a folder per cluster (copy where links are impossible)")
+    predict.add_argument(
+        "--sort-into",
+        type=Path,
+        metavar="DIR",
+        help="link each image into a folder per cluster (copy where links are impossible)",
+    )
 
     report = add_command(commands, "report", _report, "write report.html of a run again")
     report.add_argument("run", type=Path)
@@ -56,17 +64,29 @@ def _fit(arguments: argparse.Namespace) -> int:
     try:
         run = fit(arguments.config, options)
     except InterruptedTraining as interruption:
-        again = ["dkm-train", "fit", arguments.config, *(["--out", str(arguments.out)] if arguments.out else []),
-                 *(part for item in arguments.overrides for part in ("--set", item)), "--resume"]
+        again = [
+            "dkm-train",
+            "fit",
+            arguments.config,
+            *(["--out", str(arguments.out)] if arguments.out else []),
+            *(part for item in arguments.overrides for part in ("--set", item)),
+            "--resume",
+        ]
         print(f"dkm-train: {interruption}; go on with: {' '.join(again)}", file=sys.stderr)
         return 1
     train = run.info["train"]
-    lines = [f"run       {run.path}  ({train['minutes']:g} min, {train['n']} images, {train['skipped']} skipped)",
-             "clusters  " + ", ".join(f"{row['name']} {row['n']}" for row in run.info["clusters"]),
-             "metrics   " + ", ".join(f"{key} {value:.3f}" for key, value in run.metrics.items()),
-             f"novelty   {novelty_sentence(run.info['novelty'])}",
-             f"next      look at {run.path}/report.html, name clusters in {run.path}/labels.yaml, then: dkm-export {run.path} -o part.onnx"]
-    show(arguments.json, {"run": str(run.path), "metrics": run.metrics, "novelty": run.info["novelty"], "train": train}, "\n".join(lines))
+    lines = [
+        f"run       {run.path}  ({train['minutes']:g} min, {train['n']} images, {train['skipped']} skipped)",
+        "clusters  " + ", ".join(f"{row['name']} {row['n']}" for row in run.info["clusters"]),
+        "metrics   " + ", ".join(f"{key} {value:.3f}" for key, value in run.metrics.items()),
+        f"novelty   {novelty_sentence(run.info['novelty'])}",
+        f"next      look at {run.path}/report.html, name clusters in {run.path}/labels.yaml, then: dkm-export {run.path} -o part.onnx",
+    ]
+    show(
+        arguments.json,
+        {"run": str(run.path), "metrics": run.metrics, "novelty": run.info["novelty"], "train": train},
+        "\n".join(lines),
+    )
     return 0
 
 

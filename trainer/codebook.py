@@ -3,6 +3,7 @@
 The scores of every calibration part are kept with cluster and group, so that the exporter can leave out clusters that the engineer
 has since marked `reject`, and calibrate again.
 """
+
 from __future__ import annotations
 
 from dataclasses import dataclass
@@ -38,7 +39,9 @@ class Embedded:
     groups: NDArray[np.int64]
 
 
-def finish(model: ClusterModel, train: Embedded, radius: Embedded | None, calibration: Embedded | None) -> CalibrationParts:
+def finish(
+    model: ClusterModel, train: Embedded, radius: Embedded | None, calibration: Embedded | None
+) -> CalibrationParts:
     """Sets `cluster_mean` and `cluster_radius` and scores the calibration parts; without held-out parts, the training parts serve."""
     ids, _ = model.assign(train.z)
     means = cluster_means(train.z, ids, model.n_clusters)
@@ -47,14 +50,20 @@ def finish(model: ClusterModel, train: Embedded, radius: Embedded | None, calibr
     model.cluster_mean.copy_(means)
     of_radius = radius or train
     radius_ids, _ = model.assign(of_radius.z)
-    model.cluster_radius.copy_(novelty.radii(novelty.novelty_distance(of_radius.z, means, radius_ids), radius_ids, model.n_clusters))
+    model.cluster_radius.copy_(
+        novelty.radii(novelty.novelty_distance(of_radius.z, means, radius_ids), radius_ids, model.n_clusters)
+    )
     scored = calibration or train
     scored_ids, _ = model.assign(scored.z)
     s = novelty.raw_score(novelty.novelty_distance(scored.z, means, scored_ids), model.cluster_radius, scored_ids)
-    return CalibrationParts(s.cpu().numpy().astype(np.float32), scored_ids.cpu().numpy(), scored.groups, calibration is not None)
+    return CalibrationParts(
+        s.cpu().numpy().astype(np.float32), scored_ids.cpu().numpy(), scored.groups, calibration is not None
+    )
 
 
-def set_calibration(model: ClusterModel, parts: CalibrationParts, settings: NoveltySettings, rejected: frozenset[int] = frozenset()) -> Calibration:
+def set_calibration(
+    model: ClusterModel, parts: CalibrationParts, settings: NoveltySettings, rejected: frozenset[int] = frozenset()
+) -> Calibration:
     """Calibrates on the parts outside the `rejected` clusters and stores scale, scores and weights in the model.
 
     Raises:
@@ -62,8 +71,10 @@ def set_calibration(model: ClusterModel, parts: CalibrationParts, settings: Nove
     """
     keep = ~np.isin(parts.cluster, sorted(rejected))
     if not keep.any():
-        raise DataError(f"all {len(keep)} calibration parts lie in clusters with the verdict reject ({sorted(rejected)}); "
-                        f"novelty cannot be calibrated: at least one cluster must be good")
+        raise DataError(
+            f"all {len(keep)} calibration parts lie in clusters with the verdict reject ({sorted(rejected)}); "
+            f"novelty cannot be calibrated: at least one cluster must be good"
+        )
     calibration = novelty.calibrate(parts.score[keep], parts.group[keep], settings)
     device = model.centroids.device
     model.novelty_scale.fill_(calibration.scale)
@@ -78,11 +89,24 @@ def cluster_table(model: ClusterModel, train: Embedded, parts: CalibrationParts)
     The quantiles are of held-out parts where the cluster has some, else of its training members.
     """
     ids, _ = model.assign(train.z)
-    scores = novelty.raw_score(novelty.novelty_distance(train.z, model.cluster_mean, ids), model.cluster_radius, ids).cpu().numpy()
+    scores = (
+        novelty.raw_score(novelty.novelty_distance(train.z, model.cluster_mean, ids), model.cluster_radius, ids)
+        .cpu()
+        .numpy()
+    )
     members = ids.cpu().numpy()
     rows = []
     for k in range(model.n_clusters):
         own = parts.score[parts.cluster == k] if (parts.cluster == k).any() else scores[members == k]
         q50, q99 = (float(np.quantile(own, q)) for q in (0.5, 0.99)) if len(own) else (0.0, 0.0)
-        rows.append({"id": k, "name": f"cluster-{k}", "n": int((members == k).sum()), "radius": float(model.cluster_radius[k]), "q50": q50, "q99": q99})
+        rows.append(
+            {
+                "id": k,
+                "name": f"cluster-{k}",
+                "n": int((members == k).sum()),
+                "radius": float(model.cluster_radius[k]),
+                "q50": q50,
+                "q99": q99,
+            }
+        )
     return rows

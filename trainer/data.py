@@ -1,68 +1,24 @@
-"""Training images from wherever they lie: class folders, lists, npz arrays, `edge-dkm record` folders, the frames of a film.
+"""A set of images, decoded once into one uint8 tensor at the encoder's size. What cannot be read is listed, not fatal.
 
-`open_images` finds them, `load_dataset` decodes them once into one uint8 tensor. What cannot be read is listed, not fatal.
+`load_dataset` takes what trainer/images.py found; fit, evaluate and predict call it.
 """
+
 from __future__ import annotations
 
-import csv
 import hashlib
-import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-import cv2
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from pydantic import Field
 from torch import Tensor
 
-from configs import Settings
 from trainer.errors import DataError
+from trainer.images import BadImageError, DataSettings, Image, ImageSet, Item
 from trainer.preprocess import Preprocess, PreprocessSettings, target_size
-
-SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp", ".pgm", ".ppm"})
-FILM_SUFFIXES = frozenset({".mp4", ".avi", ".mkv", ".mov", ".m4v", ".webm"})
-FILM_GROUP_FRAMES = 30      # neighbouring frames show the same thing: a second of film counts as one group
-RECORD_COLUMNS = frozenset({"file", "camera", "group", "roi"})
-
-Image = NDArray[np.uint8]
-
-
-class DataSettings(Settings):
-    """Which images. Class folders are labels for scoring; the method never sees them, unless it is a supervised one."""
-
-    path: str = Field(description="a folder, an .npz, a list (.txt, .csv) or a film")
-    kind: Literal["auto", "folder", "npz", "list", "record", "film"] = "auto"
-    classes: tuple[str, ...] | None = Field(None, description="only these class folders")
-    good: str = Field("good", description="the class folder of known good parts; novelty is calibrated on it")
-    groups: str | None = Field(None, description="CSV with a file column (path or file) and the group column")
-    group_column: str = "group"
-    split: Literal["train", "test", "all"] = Field("all", description="of an .npz that has a split array: 0 train, 1 test")
-    every: int = Field(1, ge=1, description="of a film: every n-th frame")
-    limit: int | None = Field(None, ge=1, description="at most this many images, evenly spaced over the set")
-
-
-@dataclass(frozen=True)
-class Item:
-    """One image: `read()` decodes it to (H, W, 3 or 1) uint8 and returns the sha256 of its bytes beside it."""
-
-    name: str
-    label: str | None
-    group: str
-    read: Callable[[], tuple[Image, str]]
-
-
-@dataclass(frozen=True)
-class ImageSet:
-    """What was found, not yet decoded. `roi` (x, y, w, h) and `frame` (w, h) come from a record folder's index."""
-
-    path: str
-    items: list[Item]
-    roi: tuple[int, int, int, int] | None = None
-    frame: tuple[int, int] | None = None
 
 
 @dataclass(frozen=True)
@@ -101,39 +57,12 @@ class Dataset:
         return [item.name for item in self.items]
 
 
-class BadImageError(ValueError):
-    """One image cannot be used; the text says why."""
-
-
-def open_images(settings: DataSettings) -> ImageSet:
-    """Finds the images without decoding them.
-
-    Raises:
-        DataError: nothing there, or nothing that is an image.
-    """
-    path = Path(settings.path)
-    if not path.exists():
-        raise DataError(f"data.path is {path}, which does not exist (looked in {Path.cwd()}); point it at a folder of images, an .npz, a list or a film")
-    kind = _kind_of(path) if settings.kind == "auto" else settings.kind
-    found = {"folder": _folder, "record": _record, "npz": _npz, "list": _list, "film": _film}[kind](path, settings)
-    items = found.items
-    if settings.classes is not None:
-        missing = sorted(set(settings.classes) - {item.label for item in items if item.label})
-        if missing:
-            there = ", ".join(sorted({item.label for item in items if item.label})) or "no class folders"
-            raise DataError(f"data.classes names '{missing[0]}', which {path} does not have; it has {there}")
-        items = [item for item in items if item.label in settings.classes]
-    if settings.groups is not None:
-        items = _with_groups(items, Path(settings.groups), settings.group_column)
-    if settings.limit is not None and settings.limit < len(items):
-        items = [items[n * len(items) // settings.limit] for n in range(settings.limit)]
-    if not items:
-        raise DataError(f"data.path is {path}, which holds no images ({', '.join(sorted(SUFFIXES))})")
-    return ImageSet(str(path), items, found.roi, found.frame)
-
-
-def load_dataset(images: ImageSet, settings: DataSettings, preprocess: PreprocessSettings,
-                 progress: Callable[[Sequence[Item]], Iterator[Item]] = iter) -> tuple[Dataset, Preprocess]:
+def load_dataset(
+    images: ImageSet,
+    settings: DataSettings,
+    preprocess: PreprocessSettings,
+    progress: Callable[[Sequence[Item]], Iterator[Item]] = iter,
+) -> tuple[Dataset, Preprocess]:
     """Decodes every image and brings it to the encoder's size.
 
     Returns:
@@ -144,7 +73,9 @@ def load_dataset(images: ImageSet, settings: DataSettings, preprocess: Preproces
     """
     first = next((image for image in map(_try_read, images.items) if image is not None), None)
     if first is None:
-        raise DataError(f"none of the {len(images.items)} images of {images.path} can be read; the first says: {_why(images.items[0])}")
+        raise DataError(
+            f"none of the {len(images.items)} images of {images.path} can be read; the first says: {_why(images.items[0])}"
+        )
     try:
         height, width = target_size(preprocess, [first.shape[:2]])
     except ValueError as error:
@@ -198,12 +129,19 @@ def _assemble(images: ImageSet, settings: DataSettings, decoded: _Decoded) -> Da
     group_ids = {group: n for n, group in enumerate(dict.fromkeys(decoded.groups))}
     common = next(iter(decoded.sizes)) if len(decoded.sizes) == 1 else None
     return Dataset(
-        pixels=torch.stack(rows), items=decoded.items,
-        labels=np.array([index[label] for label in labels if label is not None]) if classes and None not in labels else None,
-        classes=classes, groups=np.array([group_ids[group] for group in decoded.groups]),
+        pixels=torch.stack(rows),
+        items=decoded.items,
+        labels=np.array([index[label] for label in labels if label is not None])
+        if classes and None not in labels
+        else None,
+        classes=classes,
+        groups=np.array([group_ids[group] for group in decoded.groups]),
         good=np.array([_is_good(label, settings.good) if known_good else True for label in labels]),
-        skipped=decoded.skipped, manifest_sha256=decoded.manifest.hexdigest(), roi=images.roi,
-        frame=images.frame or ((common[1], common[0]) if common else None))
+        skipped=decoded.skipped,
+        manifest_sha256=decoded.manifest.hexdigest(),
+        roi=images.roi,
+        frame=images.frame or ((common[1], common[0]) if common else None),
+    )
 
 
 def _is_good(label: str | None, good: str) -> bool:
@@ -223,171 +161,3 @@ def _why(item: Item) -> str:
     except BadImageError as error:
         return f"{item.name}: {error}"
     return f"{item.name} is readable"
-
-
-def _kind_of(path: Path) -> str:
-    if path.is_dir():
-        index = path / "index.csv"
-        return "record" if index.is_file() and set(_header(index)) >= RECORD_COLUMNS else "folder"
-    if path.suffix == ".npz":
-        return "npz"
-    if path.suffix.lower() in FILM_SUFFIXES:
-        return "film"
-    if path.suffix in {".txt", ".csv", ".lst"}:
-        return "list"
-    raise DataError(f"data.path is {path}, expected a folder, an .npz, a list (.txt, .csv) or a film ({', '.join(sorted(FILM_SUFFIXES))})")
-
-
-def _header(path: Path) -> list[str]:
-    with path.open(encoding="utf-8-sig", newline="") as file:
-        return next(csv.reader(file), [])
-
-
-def _folder(path: Path, settings: DataSettings) -> ImageSet:
-    files = sorted(f for f in path.rglob("*") if f.suffix.lower() in SUFFIXES and f.is_file() and not f.name.startswith("."))
-    names = [f.relative_to(path) for f in files]
-    labels = [None if name.parent == Path() else name.parent.as_posix() for name in names]
-    return ImageSet(str(path), [Item(n.as_posix(), label, n.as_posix(), _file_reader(f)) for f, n, label in zip(files, names, labels, strict=True)])
-
-
-def _record(path: Path, settings: DataSettings) -> ImageSet:
-    with (path / "index.csv").open(encoding="utf-8-sig", newline="") as file:
-        rows = list(csv.DictReader(file))
-    items = [Item(row["file"], None, f"{row['camera']}/{row['group']}", _file_reader(path / row["file"])) for row in rows]
-    rois = {row["roi"] for row in rows if row.get("roi")}
-    frames = {row["frame"] for row in rows if row.get("frame")}
-    roi = tuple(int(v) for v in next(iter(rois)).split()) if len(rois) == 1 else None
-    frame = tuple(int(v) for v in next(iter(frames)).split("x")) if len(frames) == 1 else None
-    return ImageSet(str(path), items, roi if roi and len(roi) == 4 else None, frame if frame and len(frame) == 2 else None)
-
-
-def _list(path: Path, settings: DataSettings) -> ImageSet:
-    """One image per line, `file[,label[,group]]`, or a CSV whose header names file (or path), label (or class) and group."""
-    with path.open(encoding="utf-8-sig", newline="") as file:
-        rows = [row for row in csv.reader(file) if row and not row[0].startswith("#")]
-    header = [name.strip().lower() for name in rows[0]] if rows else []
-    columns = {role: next((header.index(name) for name in names if name in header), None)
-               for role, names in (("file", ("file", "path")), ("label", ("label", "class")), ("group", ("group",)))}
-    if columns["file"] is None:
-        columns = {"file": 0, "label": 1, "group": 2}
-    else:
-        rows = rows[1:]
-
-    def cell(row: list[str], role: str) -> str | None:
-        n = columns[role]
-        return row[n].strip() or None if n is not None and n < len(row) else None
-
-    items = []
-    for row in rows:
-        name = cell(row, "file")
-        if name:
-            items.append(Item(name, cell(row, "label"), cell(row, "group") or name, _file_reader(path.parent / name)))
-    return ImageSet(str(path), items)
-
-
-def _npz(path: Path, settings: DataSettings) -> ImageSet:
-    try:
-        with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
-            arrays = {name: archive[name] for name in ("X", "y", "split", "classes") if name in archive}
-    except (OSError, ValueError, zipfile.BadZipFile) as error:
-        raise DataError(f"data.path is {path}, which is no readable .npz: {error}") from None
-    x = arrays.get("X")
-    if x is None or x.dtype != np.uint8 or x.ndim not in {3, 4} or (x.ndim == 4 and x.shape[3] not in {1, 3}):
-        shown = "no array X" if x is None else f"X of {x.dtype} {x.shape}"
-        raise DataError(f"{path} has {shown}, expected X uint8 (N, H, W) grey or (N, H, W, 3) BGR")
-    y = arrays.get("y")
-    if y is not None and len(y) != len(x):
-        raise DataError(f"{path} has {len(x)} images X but {len(y)} labels y")
-    keep = np.arange(len(x))
-    if settings.split != "all":
-        if "split" not in arrays:
-            raise DataError(f"data.split is {settings.split}, but {path} has no array split")
-        keep = np.flatnonzero(arrays["split"] == (0 if settings.split == "train" else 1))
-    names = arrays.get("classes")
-    label = (lambda n: None) if y is None else (lambda n: str(names[y[n]]) if names is not None else str(y[n]))
-    return ImageSet(str(path), [Item(f"{path.name}[{n}]", label(n), str(n), _array_reader(x, n)) for n in keep.tolist()])
-
-
-def _film(path: Path, settings: DataSettings) -> ImageSet:
-    capture = cv2.VideoCapture(str(path))
-    count = int(capture.get(cv2.CAP_PROP_FRAME_COUNT))
-    if not capture.isOpened() or count < 1:
-        raise DataError(f"data.path is {path}, a film that OpenCV cannot open")
-    reader = _FilmReader(capture, path)
-    items = [Item(f"{path.name}#{n}", None, str(n // FILM_GROUP_FRAMES), reader.at(n)) for n in range(0, count, settings.every)]
-    return ImageSet(str(path), items)
-
-
-class _FilmReader:
-    """Frames by number; reading forwards decodes each once, seeking back starts again from the first."""
-
-    def __init__(self, capture: cv2.VideoCapture, path: Path) -> None:
-        self._capture, self._path, self._next = capture, path, 0
-
-    def at(self, number: int) -> Callable[[], tuple[Image, str]]:
-        def read() -> tuple[Image, str]:
-            if number < self._next:
-                self._capture, self._next = cv2.VideoCapture(str(self._path)), 0
-            while self._next < number and self._capture.grab():
-                self._next += 1
-            ok, image = self._capture.read()
-            self._next += 1
-            if not ok:
-                raise BadImageError("the film ends before this frame")
-            return np.asarray(image, np.uint8), hashlib.sha256(image.tobytes()).hexdigest()
-        return read
-
-
-def _with_groups(items: list[Item], path: Path, column: str) -> list[Item]:
-    """Matches by the longest common tail of the path, so that a groups file written elsewhere still fits."""
-    if not path.is_file():
-        raise DataError(f"data.groups is {path}, which does not exist")
-    with path.open(encoding="utf-8-sig", newline="") as file:
-        rows = list(csv.DictReader(file))
-    name_column = next((c for c in ("path", "file") if rows and c in rows[0]), None)
-    if not rows or name_column is None or column not in rows[0]:
-        raise DataError(f"{path} has the columns {', '.join(rows[0]) if rows else 'none'}, expected path (or file) and {column}")
-    groups = {row[name_column]: row[column] for row in rows}
-    groups |= {"/".join(name.split("/")[1:]): group for name, group in list(groups.items()) if "/" in name}
-    missing = [item.name for item in items if item.name not in groups]
-    if missing:
-        raise DataError(f"{path} names no group for {missing[0]} ({len(missing)} of {len(items)} images have none)")
-    return [Item(item.name, item.label, groups[item.name], item.read) for item in items]
-
-
-def _array_reader(x: NDArray[np.uint8], n: int) -> Callable[[], tuple[Image, str]]:
-    def read() -> tuple[Image, str]:
-        image = x[n] if x.ndim == 4 else x[n][..., None]
-        return image, hashlib.sha256(image.tobytes()).hexdigest()
-    return read
-
-
-def _file_reader(path: Path) -> Callable[[], tuple[Image, str]]:
-    def read() -> tuple[Image, str]:
-        try:
-            data = path.read_bytes()
-        except OSError as error:
-            raise BadImageError(f"cannot be read: {error.strerror or error}") from None
-        return decode(data), hashlib.sha256(data).hexdigest()
-    return read
-
-
-def decode(data: bytes) -> Image:
-    """Decodes an image file's bytes to (H, W, 3) uint8 BGR, or (H, W, 1) where all channels are equal.
-
-    Raises:
-        BadImageError: empty, no image, damaged, or deeper than 8 bits (the line gives 8 bits; a silent cut would differ from it).
-    """
-    if not data:
-        raise BadImageError("is empty (0 bytes)")
-    try:
-        image = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR | cv2.IMREAD_ANYDEPTH)
-    except cv2.error as error:
-        raise BadImageError(f"cannot be decoded: {error.err}") from None
-    if image is None:
-        raise BadImageError(f"is no image that OpenCV can decode ({len(data)} bytes)")
-    if image.dtype != np.uint8:
-        raise BadImageError(f"has {image.dtype} pixels; convert it to the 8 bits that the line will see")
-    if (image[..., 0] == image[..., 1]).all() and (image[..., 0] == image[..., 2]).all():
-        return np.ascontiguousarray(image[..., :1])
-    return np.asarray(image, np.uint8)

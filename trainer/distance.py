@@ -4,12 +4,13 @@ z: (B, D) embeddings; mu: (K, D) centroids; d2: (B, K) squared distances. Direct
 latent that lies on a centroid. The expanded form |z|^2 - 2 z mu + |mu|^2 goes negative there (measured: -.125 at scale 100),
 so it is centred first and clamped before a root.
 """
+
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-DIRECT_LIMIT = 64 * 1024    # K x D up to which the direct form's (B, K, D) intermediate is cheap
+DIRECT_LIMIT = 64 * 1024  # K x D up to which the direct form's (B, K, D) intermediate is cheap
 
 
 def squared_distances(z: Tensor, mu: Tensor) -> Tensor:

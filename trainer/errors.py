@@ -5,6 +5,7 @@ TrainerError            exit 1   failure
 ├── ArtifactError       exit 3   a folder that is not a usable run
 └── CollapseError       exit 1   a guard stopped the training; the last good checkpoint is kept
 """
+
 from __future__ import annotations
 
 

@@ -1,4 +1,5 @@
 """Applies a run to images: predictions per image, sorting into folders, and scores where class folders say what is what."""
+
 from __future__ import annotations
 
 import re
@@ -15,8 +16,9 @@ from sklearn.metrics import roc_auc_score
 
 from trainer import metric
 from trainer.artifact import Run
-from trainer.data import Dataset, DataSettings, Item, load_dataset, open_images
+from trainer.data import Dataset, load_dataset
 from trainer.errors import DataError
+from trainer.images import DataSettings, Item, open_images
 from trainer.model import ClusterModel
 
 Reader = Callable[[Sequence[Item]], Iterator[Item]]
@@ -65,8 +67,12 @@ class Evaluation:
         lines = [f"images    {self.images}, {self.skipped} skipped"]
         if self.clustering is not None:
             scores = self.clustering
-            lines.append(f"clusters  ACC {scores.acc:.3f}  NMI {scores.nmi:.3f}  ARI {scores.ari:.3f}  purity {scores.purity:.3f}")
-        lines += [f"novel     {name or 'all'}: {n} of {total} ({n / total:.1%})" for name, (n, total) in self.flagged.items()]
+            lines.append(
+                f"clusters  ACC {scores.acc:.3f}  NMI {scores.nmi:.3f}  ARI {scores.ari:.3f}  purity {scores.purity:.3f}"
+            )
+        lines += [
+            f"novel     {name or 'all'}: {n} of {total} ({n / total:.1%})" for name, (n, total) in self.flagged.items()
+        ]
         if self.auroc is not None:
             lines.append(f"AUROC     {self.auroc:.4f}  (novelty score, good against the rest)")
         return "\n".join(lines)
@@ -74,7 +80,9 @@ class Evaluation:
 
 def read_like(run: Run, path: str, progress: Reader = iter) -> Dataset:
     """Another set of images, brought to this run's input."""
-    source = run.settings.data.model_copy(update={"groups": None, "limit": None, "classes": None, "split": "all", "path": path, "kind": "auto"})
+    source = run.settings.data.model_copy(
+        update={"groups": None, "limit": None, "classes": None, "split": "all", "path": path, "kind": "auto"}
+    )
     return _load(run.model, open_images(source), source, run, progress)
 
 
@@ -89,8 +97,18 @@ def predict(run: Run, path: str, progress: Reader = iter) -> list[Prediction]:
     ids, distance, scores = _apply(run.model, dataset)
     names = {row["id"]: row["name"] for row in run.clusters}
     labels = [None] * len(dataset) if dataset.labels is None else [dataset.classes[n] for n in dataset.labels]
-    return [Prediction(item.name, int(ids[n]), names[int(ids[n])], float(distance[n]), float(scores[n]), bool(scores[n] > 1.0), labels[n])
-            for n, item in enumerate(dataset.items)]
+    return [
+        Prediction(
+            item.name,
+            int(ids[n]),
+            names[int(ids[n])],
+            float(distance[n]),
+            float(scores[n]),
+            bool(scores[n] > 1.0),
+            labels[n],
+        )
+        for n, item in enumerate(dataset.items)
+    ]
 
 
 def evaluate(run: Run, path: str, progress: Reader = iter) -> Evaluation:
@@ -100,8 +118,14 @@ def evaluate(run: Run, path: str, progress: Reader = iter) -> Evaluation:
     novel = scores > 1.0
     has_classes = dataset.labels is not None and len(dataset.classes) > 1
     clustering = metric.score_labels(dataset.labels, ids) if dataset.labels is not None and has_classes else None
-    flagged = {name: (int(novel[dataset.labels == n].sum()), int((dataset.labels == n).sum())) for n, name in enumerate(dataset.classes)} \
-        if dataset.labels is not None else {"": (int(novel.sum()), len(novel))}
+    flagged = (
+        {
+            name: (int(novel[dataset.labels == n].sum()), int((dataset.labels == n).sum()))
+            for n, name in enumerate(dataset.classes)
+        }
+        if dataset.labels is not None
+        else {"": (int(novel.sum()), len(novel))}
+    )
     good = dataset.good
     auroc = float(roc_auc_score(~good, scores)) if has_classes and good.any() and not good.all() else None
     return Evaluation(len(dataset), len(dataset.skipped), clustering, flagged, auroc)
@@ -127,7 +151,9 @@ def sort_into(rows: list[Prediction], source: Path, folder: Path) -> tuple[int, 
     for row in rows:
         original = base / row.file
         if not original.is_file():
-            raise DataError(f"{original} is no image file; --sort-into works on folders and lists, not on {source.suffix or source.name}")
+            raise DataError(
+                f"{original} is no image file; --sort-into works on folders and lists, not on {source.suffix or source.name}"
+            )
         for target_folder in (folder / _slug(row.name), *([folder / "novel"] if row.is_novel else [])):
             target_folder.mkdir(parents=True, exist_ok=True)
             target = target_folder / row.file.replace("/", "__")

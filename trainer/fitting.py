@@ -1,4 +1,5 @@
 """Learns a model from settings: data, split, stages, calibration, run folder, report. `dkm-train fit` calls it."""
+
 from __future__ import annotations
 
 import contextlib
@@ -17,9 +18,10 @@ from configs import Sources, find, load_settings
 from trainer.artifact import Run, build_model, save_run, write_config
 from trainer.checkpoint import NAME, Position, load_checkpoint
 from trainer.codebook import Embedded, cluster_table, finish, set_calibration
-from trainer.data import Dataset, load_dataset, open_images
+from trainer.data import Dataset, load_dataset
 from trainer.errors import DataError
 from trainer.golden import choose, save_images
+from trainer.images import open_images
 from trainer.learner import Learner
 from trainer.loop import Loop
 from trainer.methods import METHODS
@@ -102,10 +104,14 @@ def _load(settings: TrainSettings, progress: Progress) -> tuple[Dataset, Split]:
     if len(dataset.skipped) > 5:
         progress.say(f"skipped {len(dataset.skipped)} images in all; `dkm-train scan` lists them")
     novelty = settings.calibration
-    split = split_all_train(dataset) if novelty is None else split_by_group(dataset, novelty.shares, settings.train.seed)
+    split = (
+        split_all_train(dataset) if novelty is None else split_by_group(dataset, novelty.shares, settings.train.seed)
+    )
     if len(split.train) < settings.method.n_clusters:
-        raise DataError(f"method.n_clusters is {settings.method.n_clusters}, but there are {len(split.train)} training images "
-                        f"(of {len(dataset)}); use fewer clusters or more images")
+        raise DataError(
+            f"method.n_clusters is {settings.method.n_clusters}, but there are {len(split.train)} training images "
+            f"(of {len(dataset)}); use fewer clusters or more images"
+        )
     return dataset, split
 
 
@@ -138,10 +144,19 @@ def _train(settings: TrainSettings, learner: Learner, dataset: Dataset, folder: 
     stages = [*pretrain_stages(settings.pretrain, learner, settings.train.batch_size), centroids, *method.stages()]
     digest = hashlib.sha256(json.dumps(settings.plain(), sort_keys=True).encode()).hexdigest()
     checkpoint = load_checkpoint(folder / "checkpoints", digest, dataset.manifest_sha256) if options.resume else None
-    loop = Loop(learner, method, folder, options.progress, settings.train.checkpoint_every_s, Position(0, 0, digest, dataset.manifest_sha256))
+    loop = Loop(
+        learner,
+        method,
+        folder,
+        options.progress,
+        settings.train.checkpoint_every_s,
+        Position(0, 0, digest, dataset.manifest_sha256),
+    )
     if checkpoint is not None:
         checkpoint.restore(learner, method)
-        options.progress.say(f"resuming stage {stages[checkpoint.position.stage].name} at step {checkpoint.position.step}")
+        options.progress.say(
+            f"resuming stage {stages[checkpoint.position.stage].name} at step {checkpoint.position.step}"
+        )
     with loop.interruptible():
         for n, stage in enumerate(stages):
             if checkpoint is None or n > checkpoint.position.stage:
@@ -159,7 +174,10 @@ def _device(name: str) -> torch.device:
 @contextlib.contextmanager
 def _determinism(wanted: bool) -> Iterator[None]:
     """Deterministic algorithms while fitting; a host program's own choice is restored."""
-    before, warn_only = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    before, warn_only = (
+        torch.are_deterministic_algorithms_enabled(),
+        torch.is_deterministic_algorithms_warn_only_enabled(),
+    )
     torch.use_deterministic_algorithms(wanted, warn_only=True)
     try:
         yield

@@ -2,6 +2,7 @@
 
 So a run can be exported where the training images are not. Written by fit, read by the exporter.
 """
+
 from __future__ import annotations
 
 from pathlib import Path
@@ -11,8 +12,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from trainer.data import BadImageError, Item, decode
 from trainer.distance import squared_distances_matmul
+from trainer.images import BadImageError, Item, decode
 from trainer.model import ClusterModel
 
 MAX_IMAGES = 24

@@ -1,4 +1,5 @@
 """Guards that stop a training run which more epochs will not mend; each names itself. The last good checkpoint stays."""
+
 from __future__ import annotations
 
 import math
@@ -9,16 +10,19 @@ from torch import Tensor
 
 from trainer.errors import CollapseError
 
-MIN_EFFECTIVE_SHARE = 0.5       # of K
+MIN_EFFECTIVE_SHARE = 0.5  # of K
 MAX_EMPTY_REFRESHES = 3
-MIN_SPREAD_SHARE = 0.01         # of the spread before clustering
-MIN_CENTRE_SHARE = 1e-3         # smallest distance between centroids, of the median one
+MIN_SPREAD_SHARE = 0.01  # of the spread before clustering
+MIN_CENTRE_SHARE = 1e-3  # smallest distance between centroids, of the median one
 
 
 def check_finite(loss: float, stage: str, epoch: int) -> None:
     """Raises CollapseError for NaN or infinity."""
     if not math.isfinite(loss):
-        raise CollapseError("guard nan", f"the loss of stage {stage} is {loss} in epoch {epoch}; lower the learning rate, or look for constant images")
+        raise CollapseError(
+            "guard nan",
+            f"the loss of stage {stage} is {loss} in epoch {epoch}; lower the learning rate, or look for constant images",
+        )
 
 
 @dataclass
@@ -41,18 +45,32 @@ class ClusterGuard:
         self.empty_refreshes = self.empty_refreshes + 1 if empty else 0
         gaps = torch.pdist(mu.detach()) if self.n_clusters > 1 else torch.ones(1)
         if not (math.isfinite(n_eff) and math.isfinite(spread)):
-            raise CollapseError("guard nan", "the soft assignments hold values that are not finite; lower the learning rate")
+            raise CollapseError(
+                "guard nan", "the soft assignments hold values that are not finite; lower the learning rate"
+            )
         if n_eff < MIN_EFFECTIVE_SHARE * self.n_clusters:
-            raise CollapseError("guard n_eff", f"the mean assignment fills only {n_eff:.1f} of {self.n_clusters} clusters; "
-                                               f"use fewer clusters, a better pre-training or a lower learning rate")
+            raise CollapseError(
+                "guard n_eff",
+                f"the mean assignment fills only {n_eff:.1f} of {self.n_clusters} clusters; "
+                f"use fewer clusters, a better pre-training or a lower learning rate",
+            )
         if self.empty_refreshes >= MAX_EMPTY_REFRESHES:
-            raise CollapseError("guard empty", f"{empty} cluster(s) stayed empty for {MAX_EMPTY_REFRESHES} refreshes; use fewer clusters")
+            raise CollapseError(
+                "guard empty",
+                f"{empty} cluster(s) stayed empty for {MAX_EMPTY_REFRESHES} refreshes; use fewer clusters",
+            )
         if spread < MIN_SPREAD_SHARE * self.spread:
-            raise CollapseError("guard spread", f"the embeddings' variance fell to {spread / self.spread:.2%} of its start; "
-                                                f"the encoder maps everything to one point")
+            raise CollapseError(
+                "guard spread",
+                f"the embeddings' variance fell to {spread / self.spread:.2%} of its start; "
+                f"the encoder maps everything to one point",
+            )
         if self.n_clusters > 1 and float(gaps.min()) < MIN_CENTRE_SHARE * float(gaps.median()):
-            raise CollapseError("guard centres", f"two centroids lie {float(gaps.min()):.3g} apart, the median pair {float(gaps.median()):.3g}; "
-                                                 f"use fewer clusters")
+            raise CollapseError(
+                "guard centres",
+                f"two centroids lie {float(gaps.min()):.3g} apart, the median pair {float(gaps.median()):.3g}; "
+                f"use fewer clusters",
+            )
         return {"n_eff": n_eff, "smallest": float(counts.min()), "spread": spread}
 
 

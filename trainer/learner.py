@@ -1,4 +1,5 @@
 """The training side of a model: its training pixels on the device, batches of them, cached features of a frozen encoder."""
+
 from __future__ import annotations
 
 import torch

@@ -1,4 +1,5 @@
 """The one training loop of this repository: runs a stage, logs every epoch, saves checkpoints, stops on Ctrl-C. Called by fitting.py."""
+
 from __future__ import annotations
 
 import contextlib
@@ -30,7 +31,15 @@ class InterruptedTraining(TrainerError):  # noqa: N818 (it is not a fault of the
 class Loop:
     """The one training loop. Sample order and dropout depend on (seed, stage, step) alone, so a resumed run repeats them."""
 
-    def __init__(self, learner: Learner, method: Method, folder: Path, progress: Progress, checkpoint_every_s: float, origin: Position) -> None:
+    def __init__(
+        self,
+        learner: Learner,
+        method: Method,
+        folder: Path,
+        progress: Progress,
+        checkpoint_every_s: float,
+        origin: Position,
+    ) -> None:
         self.learner, self.method, self.folder, self.progress = learner, method, folder, progress
         self.checkpoint_every_s, self.origin = checkpoint_every_s, origin
         self.saved_s = time.monotonic()
@@ -56,7 +65,12 @@ class Loop:
             loss = self._epoch(number, stage, optimizer, epoch, steps, first % steps if epoch == first // steps else 0)
             guards.check_finite(loss, stage.name, epoch)
             report = stage.after_epoch(epoch)
-            figures = {"loss": loss, **report.figures, "lr": stage.optimizer.lr_at(epoch), "seconds": round(time.monotonic() - started_s, 3)}
+            figures = {
+                "loss": loss,
+                **report.figures,
+                "lr": stage.optimizer.lr_at(epoch),
+                "seconds": round(time.monotonic() - started_s, 3),
+            }
             self._log(stage.name, epoch, figures)
             if report.stop:
                 self.progress.say(f"{stage.name}: converged after {epoch + 1} epochs")
@@ -64,7 +78,9 @@ class Loop:
             if time.monotonic() - self.saved_s >= self.checkpoint_every_s:
                 self._save(number, (epoch + 1) * steps, optimizer)
 
-    def _epoch(self, number: int, stage: Stage, optimizer: torch.optim.Optimizer, epoch: int, steps: int, first: int) -> float:
+    def _epoch(
+        self, number: int, stage: Stage, optimizer: torch.optim.Optimizer, epoch: int, steps: int, first: int
+    ) -> float:
         """Runs steps `first` to `steps` of one epoch and returns their mean loss."""
         generator = torch.Generator().manual_seed(_mix(self.learner.seed, number, epoch))
         batches = torch.randperm(len(self.learner), generator=generator).to(self.learner.device).tensor_split(steps)
@@ -75,7 +91,9 @@ class Loop:
             step = epoch * steps + position
             if self.interrupted.is_set():
                 self._save(number, step, optimizer)
-                raise InterruptedTraining(f"interrupted in stage {stage.name}, epoch {epoch + 1}; the checkpoint is saved")
+                raise InterruptedTraining(
+                    f"interrupted in stage {stage.name}, epoch {epoch + 1}; the checkpoint is saved"
+                )
             torch.manual_seed(_mix(self.learner.seed, number, step, 1))
             stage.before_step(step)
             loss = stage.loss(batches[position])

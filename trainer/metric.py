@@ -1,4 +1,5 @@
 """Scores of a clustering: against labels where they exist (they serve scoring only), and without."""
+
 from __future__ import annotations
 
 from dataclasses import dataclass
@@ -29,7 +30,8 @@ def score_labels(truth: Labels, predicted: Labels) -> LabelScores:
         acc=float(counts[rows, columns].sum() / len(truth)),
         nmi=float(normalized_mutual_info_score(truth, predicted, average_method="arithmetic")),
         ari=float(adjusted_rand_score(truth, predicted)),
-        purity=float(counts.max(1).sum() / len(truth)))
+        purity=float(counts.max(1).sum() / len(truth)),
+    )
 
 
 def contingency(truth: Labels, predicted: Labels) -> NDArray[np.int64]:

@@ -1,4 +1,5 @@
 """The trained model as one module: pre-processing, encoder, projection, centroids, novelty. What `fit` returns and the exporter fuses."""
+
 from __future__ import annotations
 
 from collections.abc import Iterable

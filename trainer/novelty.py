@@ -11,6 +11,7 @@ a group; the probability is over groups, calibration ones included: Lee, Barber 
 hierarchical data", 2023, arXiv 2306.06342, Theorem 1 (HCP); Dunn, Wasserman and Ramdas 2022, arXiv 1809.07441. With one part per
 group it is split conformal prediction (Vovk et al. 2005).
 """
+
 from __future__ import annotations
 
 import math
@@ -26,8 +27,8 @@ from torch import Tensor
 from configs import Settings
 from trainer.splits import Shares
 
-SHRINK_PARTS = 10       # a cluster's median radius counts as n parts against 10 parts of the pooled one
-RADIUS_FLOOR = 1e-6     # all images of a cluster alike: a radius of 0 would divide by zero
+SHRINK_PARTS = 10  # a cluster's median radius counts as n parts against 10 parts of the pooled one
+RADIUS_FLOOR = 1e-6  # all images of a cluster alike: a radius of 0 would divide by zero
 
 
 class NoveltySettings(Settings):
@@ -50,7 +51,7 @@ def raw_score(distance: Tensor, cluster_radius: Tensor, ids: Tensor) -> Tensor:
 
 def p_value(s: Tensor, calibration: Tensor, weight: Tensor) -> Tensor:
     """(B,) share of good parts at least as strange: (1 + sum of weights with s_i >= s) / (G + 1)."""
-    at_least = (calibration[None, :] >= s[:, None]).to(s.dtype) * weight[None, :]      # (B, M)
+    at_least = (calibration[None, :] >= s[:, None]).to(s.dtype) * weight[None, :]  # (B, M)
     return (1 + at_least.sum(-1)) / (1 + weight.sum())
 
 
@@ -99,7 +100,14 @@ def calibrate(s: NDArray[np.float32], groups: NDArray[np.int64], settings: Novel
     needed = (1 - promised) * (n_groups + 1)
     reached = np.cumsum(weights) >= needed - 1e-9
     scale = float(s[int(np.argmax(reached))]) if reached.any() else float(s[-1])
-    return Calibration(s.astype(np.float32), weights.astype(np.float32), max(scale, RADIUS_FLOOR), n_groups, settings.target_frr, promised)
+    return Calibration(
+        s.astype(np.float32),
+        weights.astype(np.float32),
+        max(scale, RADIUS_FLOOR),
+        n_groups,
+        settings.target_frr,
+        promised,
+    )
 
 
 def groups_needed(target_frr: float) -> int:

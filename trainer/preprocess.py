@@ -7,6 +7,7 @@ uint8 and equals onnxruntime CPU's Resize bit for bit (tests/trainer/test_prepro
 
 `resize: matmul` is for providers without an antialiased Resize: Cast, then two constant matrix products (fixed H, W only).
 """
+
 from __future__ import annotations
 
 import math
@@ -20,8 +21,8 @@ from torch import Tensor, nn
 
 from configs import Settings
 
-MAX_ALIAS_STEP = 1.5    # down-scaling beyond this without antialias folds texture into false patterns
-GREY_OF_BGR = (0.114, 0.587, 0.299)     # ITU-R BT.601
+MAX_ALIAS_STEP = 1.5  # down-scaling beyond this without antialias folds texture into false patterns
+GREY_OF_BGR = (0.114, 0.587, 0.299)  # ITU-R BT.601
 
 
 class PreprocessSettings(Settings):
@@ -73,13 +74,17 @@ class Preprocess(nn.Module):
             return self._resize(image, self.height_px, self.width_px)
         if self.settings.fit == "pad":
             new_h = torch.sym_max(1, torch.sym_min(self.height_px, (2 * height * self.width_px + width) // (2 * width)))
-            new_w = torch.sym_max(1, torch.sym_min(self.width_px, (2 * width * self.height_px + height) // (2 * height)))
+            new_w = torch.sym_max(
+                1, torch.sym_min(self.width_px, (2 * width * self.height_px + height) // (2 * height))
+            )
             return _pad(self._resize(image, new_h, new_w), self.height_px, self.width_px)
         return self._resize(image, self.height_px, self.width_px)
 
     def normalise(self, pixels: Tensor) -> Tensor:
         """(N, h, w, 3 or 1) in grey levels -> (N, C, h, w) float32."""
-        x = pixels.permute(0, 3, 1, 2).float()      # (N, 3, h, w): transposed while still uint8, it is a quarter of the bytes
+        x = pixels.permute(
+            0, 3, 1, 2
+        ).float()  # (N, 3, h, w): transposed while still uint8, it is a quarter of the bytes
         if self.settings.color == "gray" and x.shape[1] == 3:
             x = (x * x.new_tensor(GREY_OF_BGR)[:, None, None]).sum(1, keepdim=True)
         elif self.settings.color == "bgr" and x.shape[1] == 1:
@@ -90,7 +95,7 @@ class Preprocess(nn.Module):
         """Sets `mean` and `std` from training pixels (N, h, w, 3 or 1); one constant per channel, never per image."""
         kind = self.settings.normalise
         if kind == "imagenet":
-            mean, std = torch.tensor([103.53, 116.28, 123.675]), torch.tensor([57.375, 57.12, 58.395])     # BGR
+            mean, std = torch.tensor([103.53, 116.28, 123.675]), torch.tensor([57.375, 57.12, 58.395])  # BGR
             if self.settings.color == "gray":
                 mean, std = mean.mean(0, keepdim=True), std.mean(0, keepdim=True)
         else:
@@ -110,7 +115,7 @@ class Preprocess(nn.Module):
             total += x.sum((0, 1, 2), dtype=torch.float64).cpu()
             squares += x.square().sum((0, 1, 2), dtype=torch.float64).cpu()
             count += x.shape[0] * x.shape[1] * x.shape[2]
-        if kind == "rms":       # DEC's rule: the mean of x^2 over all pixels becomes 1, the zero stays where it is
+        if kind == "rms":  # DEC's rule: the mean of x^2 over all pixels becomes 1, the zero stays where it is
             return zeros, (squares.sum() / (count * len(zeros))).sqrt().float().clamp_min(1.0).expand_as(zeros)
         mean = total / count
         return mean.float(), (squares / count - mean.square()).clamp_min(1.0).sqrt().float()
@@ -130,15 +135,19 @@ class Preprocess(nn.Module):
         across, down = width / self.width_px, height / self.height_px
         step = {"stretch": max(across, down), "pad": max(across, down), "crop": min(across, down)}[s.fit]
         if step > MAX_ALIAS_STEP:
-            raise AliasError(f"frames of {width}x{height} are scaled down by {step:.2f} to {self.width_px}x{self.height_px} with "
-                             f"preprocess.antialias: false, expected at most {MAX_ALIAS_STEP}; set antialias: true, a smaller ROI, or alias: allow")
+            raise AliasError(
+                f"frames of {width}x{height} are scaled down by {step:.2f} to {self.width_px}x{self.height_px} with "
+                f"preprocess.antialias: false, expected at most {MAX_ALIAS_STEP}; set antialias: true, a smaller ROI, or alias: allow"
+            )
 
 
 def _slice(image: Tensor, top: int, left: int, height: int, width: int) -> Tensor:
     if not torch.onnx.is_in_onnx_export():
-        return image[:, top:top + height, left:left + width]
+        return image[:, top : top + height, left : left + width]
     operands = [image, _vector(top, left), _vector(top + height, left + width), torch.tensor([1, 2])]
-    return torch.onnx.ops.symbolic("Slice", operands, dtype=image.dtype, shape=(image.shape[0], height, width, 3), version=13)
+    return torch.onnx.ops.symbolic(
+        "Slice", operands, dtype=image.dtype, shape=(image.shape[0], height, width, 3), version=13
+    )
 
 
 def _pad(image: Tensor, height: int, width: int) -> Tensor:
@@ -147,7 +156,9 @@ def _pad(image: Tensor, height: int, width: int) -> Tensor:
     if not torch.onnx.is_in_onnx_export():
         return nn.functional.pad(image, (0, 0, left, right, top, bottom))
     operands = [image, _vector(0, top, left, 0, 0, bottom, right, 0)]
-    return torch.onnx.ops.symbolic("Pad", operands, {"mode": "constant"}, dtype=image.dtype, shape=(image.shape[0], height, width, 3), version=18)
+    return torch.onnx.ops.symbolic(
+        "Pad", operands, {"mode": "constant"}, dtype=image.dtype, shape=(image.shape[0], height, width, 3), version=18
+    )
 
 
 def _onnx_resize(image: Tensor, height: int, width: int, antialias: bool) -> Tensor:
@@ -156,13 +167,22 @@ def _onnx_resize(image: Tensor, height: int, width: int, antialias: bool) -> Ten
     if antialias:
         attributes |= {"antialias": 1, "exclude_outside": 1}
     sizes = _vector(image.shape[0], height, width, 3)
-    return torch.onnx.ops.symbolic("Resize", [image, None, None, sizes], attributes, dtype=torch.uint8,
-                                   shape=(image.shape[0], height, width, 3), version=18)
+    return torch.onnx.ops.symbolic(
+        "Resize",
+        [image, None, None, sizes],
+        attributes,
+        dtype=torch.uint8,
+        shape=(image.shape[0], height, width, 3),
+        version=18,
+    )
 
 
 def _vector(*values: int) -> Tensor:
     """An int64 vector of sizes that may be symbolic while tracing."""
-    parts = [torch.tensor([v]) if isinstance(v, int) else torch.scalar_tensor(v, dtype=torch.int64).reshape(1) for v in values]
+    parts = [
+        torch.tensor([v]) if isinstance(v, int) else torch.scalar_tensor(v, dtype=torch.int64).reshape(1)
+        for v in values
+    ]
     return torch.cat(parts)
 
 
@@ -206,11 +226,11 @@ def triangle_weights(n_in: int, n_out: int, antialias: bool) -> Tensor:
     low = torch.floor(centre - support + 0.5).long()
     high = (low + (torch.floor(centre + support + 0.5).long() - low).clamp(0, window)).clamp(0, n_in)
     low = low.clamp(0, n_in)
-    columns = low[:, None] + torch.arange(window)                                   # (n_out, window)
+    columns = low[:, None] + torch.arange(window)  # (n_out, window)
     offsets = (columns.float() - centre[:, None] + 0.5) * (1.0 / support)
     taps = torch.where(columns < high[:, None], (1.0 - offsets.abs()).clamp_min(0.0), 0.0)
     total = torch.zeros(n_out)
-    for tap in range(window):       # one after the other: a float32 sum in another order is another sum
+    for tap in range(window):  # one after the other: a float32 sum in another order is another sum
         total = total + taps[:, tap]
     taps = taps * torch.where(total == 0, torch.ones(()), 1.0 / total)[:, None]
     return torch.zeros(n_out, n_in + window).scatter_add_(1, columns, taps)[:, :n_in]
@@ -272,12 +292,18 @@ def target_size(settings: PreprocessSettings, sizes: Sequence[tuple[int, int]]) 
     if settings.resize == "none":
         if len(set(sizes)) != 1:
             shown = ", ".join(f"{w}x{h}" for h, w in sorted(set(sizes))[:4])
-            raise ValueError(f"preprocess.resize is none, but the images have {len(set(sizes))} sizes ({shown}, ...); crop them alike, or set resize: onnx")
+            raise ValueError(
+                f"preprocess.resize is none, but the images have {len(set(sizes))} sizes ({shown}, ...); crop them alike, or set resize: onnx"
+            )
         height, width = sizes[0]
         if (settings.height_px or height, settings.width_px or width) != (height, width):
-            raise ValueError(f"preprocess.resize is none and the images are {width}x{height}, but width_px, height_px say "
-                             f"{settings.width_px}x{settings.height_px}")
+            raise ValueError(
+                f"preprocess.resize is none and the images are {width}x{height}, but width_px, height_px say "
+                f"{settings.width_px}x{settings.height_px}"
+            )
         return height, width
     if settings.height_px is None or settings.width_px is None:
-        raise ValueError("preprocess.height_px and width_px are missing, expected the size of the encoder's input (or resize: none)")
+        raise ValueError(
+            "preprocess.height_px and width_px are missing, expected the size of the encoder's input (or resize: none)"
+        )
     return settings.height_px, settings.width_px

@@ -4,6 +4,7 @@ Source: Xie, Girshick, Farhadi 2016 (arXiv 1511.06335) section 4.3, after Vincen
 As in the authors' code: no dropout on the raw input of layer 1 nor on the embedding, 20 % on the other layers' inputs and hidden units.
 Differs from the paper: the schedule is in epochs; momentum is not ramped up; biases share the weights' learning rate.
 """
+
 from __future__ import annotations
 
 from typing import Literal
@@ -40,25 +41,38 @@ def pretrain_stages(settings: PretrainSettings, learner: Learner, batch_size: in
         return []
     decoder = encoder.build_decoder()
     if decoder is None:
-        raise DataError(f"pretrain.kind is {settings.kind}, but the encoder has no decoder to reconstruct with, expected pretrain.kind: none")
+        raise DataError(
+            f"pretrain.kind is {settings.kind}, but the encoder has no decoder to reconstruct with, expected pretrain.kind: none"
+        )
     learner.decoder = decoder.to(learner.device)
     stages = _layerwise(settings, learner, batch_size) if settings.kind == "layerwise" else []
 
     def loss(index: Tensor) -> Tensor:
         x = learner.inputs(index)
-        return nn.functional.mse_loss(decoder(encoder(x)), x)      # mean over all elements: sum / (B d)
+        return nn.functional.mse_loss(decoder(encoder(x)), x)  # mean over all elements: sum / (B d)
 
     parameters = [*encoder.parameters(), *decoder.parameters()]
-    return [*stages, Stage("reconstruct", settings.epochs, batch_size, settings.optimizer, parameters, loss, [encoder, decoder])]
+    return [
+        *stages,
+        Stage("reconstruct", settings.epochs, batch_size, settings.optimizer, parameters, loss, [encoder, decoder]),
+    ]
 
 
 def _layerwise(settings: PretrainSettings, learner: Learner, batch_size: int) -> list[Stage]:
     encoder, decoder = learner.model.encoder, learner.decoder
     if not isinstance(encoder, MLPEncoder) or not isinstance(decoder, MLPDecoder):
         raise DataError("pretrain.kind is layerwise, which stacks fully connected layers, expected encoder.name: mlp")
-    return [Stage(f"layer{n + 1}", settings.layer_epochs, batch_size, settings.optimizer,
-                  [*encoder.layers[n].parameters(), *decoder.layers[-1 - n].parameters()],
-                  _LayerLoss(settings.noise, learner, encoder, decoder, n)) for n in range(len(encoder.layers))]
+    return [
+        Stage(
+            f"layer{n + 1}",
+            settings.layer_epochs,
+            batch_size,
+            settings.optimizer,
+            [*encoder.layers[n].parameters(), *decoder.layers[-1 - n].parameters()],
+            _LayerLoss(settings.noise, learner, encoder, decoder, n),
+        )
+        for n in range(len(encoder.layers))
+    ]
 
 
 class _LayerLoss:

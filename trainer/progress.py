@@ -1,4 +1,5 @@
 """How training and reading report: bars on a terminal, plain lines otherwise, nothing when quiet."""
+
 from __future__ import annotations
 
 import sys

@@ -7,6 +7,7 @@ clusters stay as far apart as they are while every direction inside them counts 
 k-means with a common covariance (Friedman and Rubin 1967; Celeux and Govaert 1992, model [lambda D A D']), found by alternating.
 Measured (docs/novelty.md): full PCA whitening separates defects but mixes part types, half whitening the other way round.
 """
+
 from __future__ import annotations
 
 from typing import Literal
@@ -20,8 +21,8 @@ from configs import Settings
 from trainer.clustering.kmeans import KMeansOptions, cluster_means, kmeans
 
 WITHIN_ROUNDS = 10
-RELATIVE_FLOOR = 1e-5       # directions below this share of the largest variance are numerical noise, and would be magnified
-ABSOLUTE_FLOOR = 1e-12      # all images alike: no variance at all
+RELATIVE_FLOOR = 1e-5  # directions below this share of the largest variance are numerical noise, and would be magnified
+ABSOLUTE_FLOOR = 1e-12  # all images alike: no variance at all
 
 
 class ProjectionSettings(Settings):

@@ -1,4 +1,5 @@
 """What a run was learned from and how well it did: the contents of model.json and assignments.csv. Labels serve scoring only."""
+
 from __future__ import annotations
 
 import platform
@@ -48,24 +49,56 @@ class Outcome:
         for name in ("radius", "calibration", "left_out"):
             parts[getattr(self.split, name)] = name
         labels = self.dataset.labels
-        return [[name, str(parts[n]), "" if labels is None else self.dataset.classes[labels[n]], int(self.ids[n]), f"{self.distance[n]:.6g}",
-                 f"{self.novelty_score[n]:.6g}"] for n, name in enumerate(self.dataset.names)]
+        return [
+            [
+                name,
+                str(parts[n]),
+                "" if labels is None else self.dataset.classes[labels[n]],
+                int(self.ids[n]),
+                f"{self.distance[n]:.6g}",
+                f"{self.novelty_score[n]:.6g}",
+            ]
+            for n, name in enumerate(self.dataset.names)
+        ]
 
 
-def describe(settings: TrainSettings, model: ClusterModel, outcome: Outcome, parts: CalibrationParts,
-             calibration: Calibration, clusters: list[dict[str, Any]]) -> dict[str, Any]:
+def describe(
+    settings: TrainSettings,
+    model: ClusterModel,
+    outcome: Outcome,
+    parts: CalibrationParts,
+    calibration: Calibration,
+    clusters: list[dict[str, Any]],
+) -> dict[str, Any]:
     """The contents of model.json."""
     dataset, split = outcome.dataset, outcome.split
     return {
-        "schema": SCHEMA, "created": datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"), "method": settings.method.name, "encoder": settings.encoder.name,
-        "input": {"height_px": model.preprocess.height_px, "width_px": model.preprocess.width_px, "roi": dataset.roi, "frame": dataset.frame},
+        "schema": SCHEMA,
+        "created": datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
+        "method": settings.method.name,
+        "encoder": settings.encoder.name,
+        "input": {
+            "height_px": model.preprocess.height_px,
+            "width_px": model.preprocess.width_px,
+            "roi": dataset.roi,
+            "frame": dataset.frame,
+        },
         "preprocess": {"mean": model.preprocess.mean.tolist(), "std": model.preprocess.std.tolist()},
         "clusters": clusters,
         "novelty": _novelty(settings, parts, calibration),
         "reference": _reference(outcome, model.n_clusters),
-        "train": {"n": len(dataset), "n_train": len(split.train), "n_radius": len(split.radius), "n_calibration": len(split.calibration),
-                  "n_left_out": len(split.left_out), "skipped": len(dataset.skipped), "classes": dataset.classes,
-                  "manifest_sha256": dataset.manifest_sha256, "seed": settings.train.seed, "git": _commit()},
+        "train": {
+            "n": len(dataset),
+            "n_train": len(split.train),
+            "n_radius": len(split.radius),
+            "n_calibration": len(split.calibration),
+            "n_left_out": len(split.left_out),
+            "skipped": len(dataset.skipped),
+            "classes": dataset.classes,
+            "manifest_sha256": dataset.manifest_sha256,
+            "seed": settings.train.seed,
+            "git": _commit(),
+        },
         "metrics": _metrics(outcome, settings.train.seed, model.n_clusters),
         "versions": {"python": platform.python_version(), **{name: _version(name) for name in LIBRARIES}},
     }
@@ -77,15 +110,25 @@ def novelty_sentence(novelty: dict[str, Any]) -> str:
         return "novelty is not calibrated (novelty: none): the threshold was taken from training parts and promises nothing"
     promise = f"at most {novelty['promised_frr']:.2%} of good parts of new groups will be called novel, in the long run"
     if novelty["promised_frr"] > novelty["target_frr"]:
-        return (f"WARNING: {novelty['groups']} groups cannot promise the target of {novelty['target_frr']:.2%} "
-                f"(that needs {groups_needed(novelty['target_frr'])}); {promise}")
+        return (
+            f"WARNING: {novelty['groups']} groups cannot promise the target of {novelty['target_frr']:.2%} "
+            f"(that needs {groups_needed(novelty['target_frr'])}); {promise}"
+        )
     return f"{promise} (calibrated on {novelty['n_calib']} parts of {novelty['groups']} groups)"
 
 
 def _novelty(settings: TrainSettings, parts: CalibrationParts, calibration: Calibration) -> dict[str, Any]:
     unit = settings.calibration.unit if settings.calibration else "part"
-    return {"kind": f"conformal-{unit}" if parts.is_held_out else "uncalibrated", "threshold": 1.0, "target_frr": calibration.target_frr,
-            "promised_frr": calibration.promised_frr, "n_calib": len(parts.score), "groups": calibration.groups, "scale": calibration.scale, "unit": unit}
+    return {
+        "kind": f"conformal-{unit}" if parts.is_held_out else "uncalibrated",
+        "threshold": 1.0,
+        "target_frr": calibration.target_frr,
+        "promised_frr": calibration.promised_frr,
+        "n_calib": len(parts.score),
+        "groups": calibration.groups,
+        "scale": calibration.scale,
+        "unit": unit,
+    }
 
 
 def _reference(outcome: Outcome, n_clusters: int) -> dict[str, Any]:
@@ -94,12 +137,18 @@ def _reference(outcome: Outcome, n_clusters: int) -> dict[str, Any]:
     held_out = np.concatenate([split.radius, split.calibration]) if split.is_calibrated else split.train
     shares = metric.occupancy(outcome.ids[split.train], n_clusters) / max(1, len(split.train))
     quantiles = (0.05, 0.25, 0.5, 0.75, 0.95, 0.99)
-    return {"shares": shares.tolist(), "novelty_quantiles": {str(q): float(np.quantile(outcome.novelty_score[held_out], q)) for q in quantiles}}
+    return {
+        "shares": shares.tolist(),
+        "novelty_quantiles": {str(q): float(np.quantile(outcome.novelty_score[held_out], q)) for q in quantiles},
+    }
 
 
 def _metrics(outcome: Outcome, seed: int, n_clusters: int) -> dict[str, float]:
     shares = metric.occupancy(outcome.ids, n_clusters).astype(np.float64)
-    figures: dict[str, float] = {"effective_clusters": metric.effective_clusters(shares), "largest_share": float(shares.max() / shares.sum())}
+    figures: dict[str, float] = {
+        "effective_clusters": metric.effective_clusters(shares),
+        "largest_share": float(shares.max() / shares.sum()),
+    }
     silhouette = metric.silhouette(outcome.z, outcome.ids, seed)
     if silhouette is not None:
         figures["silhouette"] = silhouette
@@ -113,7 +162,14 @@ def _metrics(outcome: Outcome, seed: int, n_clusters: int) -> dict[str, float]:
 def _commit() -> str | None:
     """The commit of the code where it runs from a checkout, else None."""
     try:
-        done = subprocess.run(["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True, timeout=5, check=False)
+        done = subprocess.run(
+            ["git", "rev-parse", "HEAD"],
+            cwd=Path(__file__).parent,
+            capture_output=True,
+            text=True,
+            timeout=5,
+            check=False,
+        )
     except (OSError, subprocess.SubprocessError):
         return None
     return done.stdout.strip() or None

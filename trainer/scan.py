@@ -1,4 +1,5 @@
 """Looks over a set of images before training: how many, of which sizes and classes, what cannot be used, what is there twice."""
+
 from __future__ import annotations
 
 from collections import Counter
@@ -6,7 +7,8 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from trainer.data import BadImageError, DataSettings, Item, Skipped, open_images
+from trainer.data import Skipped
+from trainer.images import BadImageError, DataSettings, Item, open_images
 
 TINY_PX = 32
 SHOWN = 10
@@ -32,12 +34,20 @@ class Scan:
 
     def text(self) -> str:
         """For people."""
-        sizes = ", ".join(f"{size} ({n})" for size, n in list(self.sizes.items())[:6]) + (", ..." if len(self.sizes) > 6 else "")
-        lines = [f"images      {self.images} usable in {self.groups} groups, {self.grey} of them grey",
-                 f"classes     {', '.join(f'{name} {n}' for name, n in self.classes.items()) or 'none (no class folders)'}",
-                 f"sizes       {sizes}", f"unreadable  {len(self.unreadable)}"]
+        sizes = ", ".join(f"{size} ({n})" for size, n in list(self.sizes.items())[:6]) + (
+            ", ..." if len(self.sizes) > 6 else ""
+        )
+        lines = [
+            f"images      {self.images} usable in {self.groups} groups, {self.grey} of them grey",
+            f"classes     {', '.join(f'{name} {n}' for name, n in self.classes.items()) or 'none (no class folders)'}",
+            f"sizes       {sizes}",
+            f"unreadable  {len(self.unreadable)}",
+        ]
         lines += [f"            {skipped.name}: {skipped.reason}" for skipped in self.unreadable[:SHOWN]]
-        lines.append(f"duplicates  {len(self.duplicates)}" + "".join(f"\n            {copy} = {original}" for copy, original in self.duplicates[:SHOWN]))
+        lines.append(
+            f"duplicates  {len(self.duplicates)}"
+            + "".join(f"\n            {copy} = {original}" for copy, original in self.duplicates[:SHOWN])
+        )
         lines.append(f"tiny        {len(self.tiny)}" + "".join(f"\n            {name}" for name in self.tiny[:SHOWN]))
         return "\n".join(lines)
 
@@ -65,4 +75,14 @@ def scan(path: str, progress: Callable[[Sequence[Item]], Iterator[Item]] = iter)
             tiny.append(item.name)
         if first.setdefault(sha, item.name) != item.name:
             duplicates.append((item.name, first[sha]))
-    return Scan(images.path, sum(sizes.values()), len(groups), dict(classes), dict(sizes.most_common()), grey, unreadable, duplicates, tiny)
+    return Scan(
+        images.path,
+        sum(sizes.values()),
+        len(groups),
+        dict(classes),
+        dict(sizes.most_common()),
+        grey,
+        unreadable,
+        duplicates,
+        tiny,
+    )

@@ -1,4 +1,5 @@
 """The training settings: one YAML, composed of the settings that live beside the code they configure."""
+
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Union
@@ -6,9 +7,9 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, Union
 from pydantic import Field
 
 from configs import Settings
-from trainer.data import DataSettings
 from trainer.encoders import ENCODERS
 from trainer.encoders.base import EncoderSettings
+from trainer.images import DataSettings
 from trainer.methods import METHODS
 from trainer.methods.base import MethodSettings
 from trainer.novelty import NoveltySettings
@@ -19,7 +20,7 @@ from trainer.projection import ProjectionSettings
 if TYPE_CHECKING:
     AnyEncoder = EncoderSettings
     AnyMethod = MethodSettings
-else:       # the registries decide at run time what may stand here
+else:  # the registries decide at run time what may stand here
     AnyEncoder = Annotated[Union[tuple(encoder.Settings for encoder in ENCODERS.values())], Field(discriminator="name")]  # noqa: UP007
     AnyMethod = Annotated[Union[tuple(method.Settings for method in METHODS.values())], Field(discriminator="name")]  # noqa: UP007
 

@@ -1,4 +1,5 @@
 """Splits a data set by group into train, radius (F) and calibration (C), so that calibration parts are of groups never trained on."""
+
 from __future__ import annotations
 
 from dataclasses import dataclass
@@ -58,14 +59,20 @@ def split_by_group(dataset: Dataset, shares: Shares, seed: int) -> Split:
     """
     groups = np.unique(dataset.groups[dataset.good])
     if len(groups) < 3:
-        raise DataError(f"{len(groups)} group(s) of good parts cannot be split into train, radius and calibration, expected at least 3; "
-                        f"add images of other parts, or set novelty: none")
+        raise DataError(
+            f"{len(groups)} group(s) of good parts cannot be split into train, radius and calibration, expected at least 3; "
+            f"add images of other parts, or set novelty: none"
+        )
     order = np.random.default_rng((seed, 7)).permutation(groups)
     n_radius = max(1, round(shares.radius * len(groups)))
     n_calibration = max(1, round(shares.calibration * len(groups)))
     n_train = max(1, len(groups) - n_radius - n_calibration)
-    of_radius = np.isin(dataset.groups, order[n_train:n_train + n_radius])
-    of_calibration = np.isin(dataset.groups, order[n_train + n_radius:])
+    of_radius = np.isin(dataset.groups, order[n_train : n_train + n_radius])
+    of_calibration = np.isin(dataset.groups, order[n_train + n_radius :])
     held_out = of_radius | of_calibration
-    return Split(*(np.flatnonzero(mask) for mask in (
-        ~held_out, of_radius & dataset.good, of_calibration & dataset.good, held_out & ~dataset.good)))
+    return Split(
+        *(
+            np.flatnonzero(mask)
+            for mask in (~held_out, of_radius & dataset.good, of_calibration & dataset.good, held_out & ~dataset.good)
+        )
+    )

@@ -2,6 +2,7 @@
 
 Pre-training, annealing and clustering are stages, not loops of their own.
 """
+
 from __future__ import annotations
 
 from collections.abc import Callable

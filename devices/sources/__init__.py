@@ -1,4 +1,5 @@
 """Kinds of cameras, one per file; `open_source` finds the one that a `source:` setting names. Adding one: a file, and a line in SOURCES."""
+
 from __future__ import annotations
 
 from pathlib import Path
@@ -34,7 +35,10 @@ def source_kind(source: str) -> tuple[str, str]:
     if kind in SOURCES and colon and kind != "rtsp":
         return kind, rest
     if colon and len(kind) > 1 and kind.isalpha() and not Path(source).exists():
-        raise CameraError("C-SPEC", f"source is {mask(source)}, expected one of usb:0, rtsp://..., file:PATH, folder:PATH, synthetic:OPTIONS")
+        raise CameraError(
+            "C-SPEC",
+            f"source is {mask(source)}, expected one of usb:0, rtsp://..., file:PATH, folder:PATH, synthetic:OPTIONS",
+        )
     return ("folder" if Path(source).is_dir() else "file"), source
 
 

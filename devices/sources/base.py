@@ -1,4 +1,5 @@
 """What every kind of camera offers: one iterator of frames, and a way to end it from another thread."""
+
 from __future__ import annotations
 
 from collections.abc import Iterator

@@ -1,4 +1,5 @@
 """A film as a camera; `source: file:line.mp4`, or the bare path."""
+
 from __future__ import annotations
 
 from collections.abc import Iterator

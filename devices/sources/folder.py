@@ -1,4 +1,5 @@
 """A folder of images as a camera; `source: folder:images`, or the bare path. Images in the order of their names."""
+
 from __future__ import annotations
 
 from collections.abc import Iterator

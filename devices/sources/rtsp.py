@@ -1,4 +1,5 @@
 """A network camera by RTSP or MJPEG over HTTP; `source: rtsp://user:password@host/path`."""
+
 from __future__ import annotations
 
 import os
@@ -25,10 +26,16 @@ class RtspSource:
         os.environ.setdefault(FFMPEG_OPTIONS, "rtsp_transport;tcp")
         self._url, self._closed = url, False
         # The time-outs work only when given at opening, to the FFmpeg backend.
-        self._capture = cv2.VideoCapture(url, cv2.CAP_FFMPEG, [
-            cv2.CAP_PROP_OPEN_TIMEOUT_MSEC, OPEN_TIMEOUT_MS, cv2.CAP_PROP_READ_TIMEOUT_MSEC, READ_TIMEOUT_MS])
+        self._capture = cv2.VideoCapture(
+            url,
+            cv2.CAP_FFMPEG,
+            [cv2.CAP_PROP_OPEN_TIMEOUT_MSEC, OPEN_TIMEOUT_MS, cv2.CAP_PROP_READ_TIMEOUT_MSEC, READ_TIMEOUT_MS],
+        )
         if not self._capture.isOpened():
-            raise CameraError("C-OPEN", f"{mask(url)} cannot be opened within {OPEN_TIMEOUT_MS / 1000:g} s (address, account, or camera off?)")
+            raise CameraError(
+                "C-OPEN",
+                f"{mask(url)} cannot be opened within {OPEN_TIMEOUT_MS / 1000:g} s (address, account, or camera off?)",
+            )
 
     def __iter__(self) -> Iterator[Frame]:
         index = 0

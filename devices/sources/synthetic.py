@@ -3,6 +3,7 @@
 Used by `source: synthetic:...` for a first try without hardware, and by the demo, which films two of these belts.
 The scene is a pure function of its seed: the same options give the same frames.
 """
+
 from __future__ import annotations
 
 import math
@@ -18,8 +19,8 @@ from devices.frame import Frame, Pacer
 from devices.settings import CameraSettings
 
 WIDTH_PX, HEIGHT_PX = 480, 270
-SPRITE_PX = 128                     # side of the square a part is drawn in
-PATCH_PX = 160                      # side of the square that a turned part and its shadow touch
+SPRITE_PX = 128  # side of the square a part is drawn in
+PATCH_PX = 160  # side of the square that a turned part and its shadow touch
 NOISE_SHIFT_PX = 61
 PART_TYPES = ("plate", "ring", "bracket")
 DEFECTS = ("scratch", "stain", "foreign")
@@ -35,8 +36,8 @@ class ConveyorOptions:
     seed: int = 0
     parts: int = 60
     fps: float = 30.0
-    speed_px: float = 10.0          # per frame
-    spacing_px: float = 170.0       # between part centres; the region of 160 px then holds one part at a time
+    speed_px: float = 10.0  # per frame
+    spacing_px: float = 170.0  # between part centres; the region of 160 px then holds one part at a time
     scratch: float = 0.02
     stain: float = 0.0
     foreign: float = 0.0
@@ -82,7 +83,7 @@ class Conveyor:
         o = self.options
         travel = index * o.speed_px
         shift = int(travel) % (self._belt.shape[1] - WIDTH_PX)
-        frame = self._belt[:, shift:shift + WIDTH_PX].astype(np.int16)
+        frame = self._belt[:, shift : shift + WIDTH_PX].astype(np.int16)
         for part in self.plan:
             x = WIDTH_PX + SPRITE_PX / 2 + (part.number - 1) * o.spacing_px - travel
             if -PATCH_PX / 2 < x < WIDTH_PX + PATCH_PX / 2:
@@ -90,7 +91,7 @@ class Conveyor:
             elif x <= -PATCH_PX / 2:
                 self._sprites.pop(part.number, None)
         top, left = (int(v) for v in np.random.default_rng((o.seed, index)).integers(0, NOISE_SHIFT_PX, 2))
-        frame += self._noise[top:top + HEIGHT_PX, left:left + WIDTH_PX]
+        frame += self._noise[top : top + HEIGHT_PX, left : left + WIDTH_PX]
         return np.clip(frame, 0, 255).astype(np.uint8)
 
     def _plan_part(self, number: int, rng: np.random.Generator) -> PlannedPart:
@@ -104,8 +105,15 @@ class Conveyor:
                 break
             chance -= rate
         # Guide rails bound the position, the light is steady: uniform, without tails.
-        return PlannedPart(number, kind, defect, float(rng.uniform(-4, 4)), float(rng.uniform(-6, 6)), float(rng.uniform(0.95, 1.05)),
-                           int(rng.integers(2**31)))
+        return PlannedPart(
+            number,
+            kind,
+            defect,
+            float(rng.uniform(-4, 4)),
+            float(rng.uniform(-6, 6)),
+            float(rng.uniform(0.95, 1.05)),
+            int(rng.integers(2**31)),
+        )
 
     def _paste(self, frame: NDArray[np.int16], part: PlannedPart, x: float) -> None:
         """Blends the part, centred at column x, into the frame; only a patch around it is touched."""
@@ -119,7 +127,10 @@ class Conveyor:
         drawn = np.asarray(cv2.warpAffine(colour, matrix, (PATCH_PX, PATCH_PX)), np.float32)
         # A soft shadow first: it is what an evenly lit belt shows around any object.
         shadow = np.asarray(cv2.blur(np.roll(moved, (3, 3), axis=(0, 1)), (9, 9)), np.float32)
-        rows, columns = slice(max(0, top), min(HEIGHT_PX, top + PATCH_PX)), slice(max(0, left), min(WIDTH_PX, left + PATCH_PX))
+        rows, columns = (
+            slice(max(0, top), min(HEIGHT_PX, top + PATCH_PX)),
+            slice(max(0, left), min(WIDTH_PX, left + PATCH_PX)),
+        )
         inner = slice(rows.start - top, rows.stop - top), slice(columns.start - left, columns.stop - left)
         cover_here = moved[inner][..., None]
         belt = frame[rows, columns] * (1 - 0.35 * shadow[inner][..., None])
@@ -152,19 +163,24 @@ class SyntheticSource:
 
 def _parse_options(spec: str) -> ConveyorOptions:
     known: Mapping[str, type] = {"seed": int, "parts": int, "types": int} | dict.fromkeys(
-        ("fps", "speed_px", "spacing_px", "scratch", "stain", "foreign"), float)
+        ("fps", "speed_px", "spacing_px", "scratch", "stain", "foreign"), float
+    )
     values: dict[str, float] = {}
     for item in filter(None, spec.split(",")):
         key, _, text = item.partition("=")
         if key not in known:
-            raise CameraError("C-SPEC", f"source synthetic:{spec} has the option '{key}', expected one of {', '.join(known)}")
+            raise CameraError(
+                "C-SPEC", f"source synthetic:{spec} has the option '{key}', expected one of {', '.join(known)}"
+            )
         try:
             values[key] = known[key](text)
         except ValueError:
             raise CameraError("C-SPEC", f"source synthetic:{spec} has {key}='{text}', expected a number") from None
     options = ConveyorOptions(**values)  # type: ignore[arg-type]
     if options.parts < 1 or options.fps <= 0 or not 1 <= options.types <= len(PART_TYPES):
-        raise CameraError("C-SPEC", f"source synthetic:{spec}: expected parts >= 1, fps > 0 and types 1 to {len(PART_TYPES)}")
+        raise CameraError(
+            "C-SPEC", f"source synthetic:{spec}: expected parts >= 1, fps > 0 and types 1 to {len(PART_TYPES)}"
+        )
     return options
 
 
@@ -193,8 +209,10 @@ def _draw_part(part: PlannedPart) -> tuple[Canvas, Canvas]:
     elif part.defect == "stain":
         _stain(shaded, alpha, rng, s)
     size = (SPRITE_PX, SPRITE_PX)
-    return (np.asarray(cv2.resize(np.clip(shaded, 0, 255), size, interpolation=cv2.INTER_AREA), np.float32),
-            np.asarray(cv2.resize(alpha, size, interpolation=cv2.INTER_AREA), np.float32) / np.float32(255))
+    return (
+        np.asarray(cv2.resize(np.clip(shaded, 0, 255), size, interpolation=cv2.INTER_AREA), np.float32),
+        np.asarray(cv2.resize(alpha, size, interpolation=cv2.INTER_AREA), np.float32) / np.float32(255),
+    )
 
 
 def _plate(colour: Image, alpha: Image, s: int) -> None:

@@ -1,4 +1,5 @@
 """A USB camera; `source: usb:0`, or `usb:/dev/video0`."""
+
 from __future__ import annotations
 
 import sys
@@ -52,7 +53,10 @@ class UsbSource:
         self._device, self._closed = device, False
         self._capture = cv2.VideoCapture(name, backend)
         if not self._capture.isOpened():
-            raise CameraError("C-OPEN", f"usb:{device} cannot be opened (in use by another program, or no permission: is the user in the group video?)")
+            raise CameraError(
+                "C-OPEN",
+                f"usb:{device} cannot be opened (in use by another program, or no permission: is the user in the group video?)",
+            )
         if settings.fps:
             self._capture.set(cv2.CAP_PROP_FPS, settings.fps)
 

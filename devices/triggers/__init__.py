@@ -1,4 +1,5 @@
 """When a frame is inspected: kinds of triggers, one per file. Adding one: a file, and a line here."""
+
 from __future__ import annotations
 
 from devices.triggers.base import Shot, Trigger, TriggerSettings

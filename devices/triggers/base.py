@@ -1,4 +1,5 @@
 """What every trigger offers to the capture thread."""
+
 from __future__ import annotations
 
 from dataclasses import dataclass

@@ -1,4 +1,5 @@
 """Every frame is inspected; `trigger: {kind: free}`."""
+
 from __future__ import annotations
 
 from typing import Literal

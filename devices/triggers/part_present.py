@@ -4,6 +4,7 @@
 what differs from a learned background is a part. The region must hold one part at a time; it may be narrower than a part,
 since the part's centre is that of its whole outline inside the ROI.
 """
+
 from __future__ import annotations
 
 from dataclasses import dataclass
@@ -17,9 +18,11 @@ from pydantic import Field
 from devices.frame import Frame, Roi
 from devices.triggers.base import Shot, Trigger, TriggerSettings
 
-WORK_PX = 160               # the ROI's longer side while looking for parts
-ADAPT = 0.05                # share of the newest frame in the background, where no part is
-GHOST_RATIO = 1.5           # an outline that is that much sharper in the background than in the frame was left by something that went away
+WORK_PX = 160  # the ROI's longer side while looking for parts
+ADAPT = 0.05  # share of the newest frame in the background, where no part is
+GHOST_RATIO = (
+    1.5  # an outline that is that much sharper in the background than in the frame was left by something that went away
+)
 EDGE_MARGIN_PX = 2
 
 Gray = NDArray[np.float32]
@@ -126,7 +129,7 @@ class PartPresentTrigger(Trigger):
         self._adapt(small, background, foreground)
         count, labels, stats, _ = cv2.connectedComponentsWithStats(foreground, connectivity=8)
         x, y, w, h = region
-        inside = labels[y:y + h, x:x + w]
+        inside = labels[y : y + h, x : x + w]
         found: _Blob | None = None
         largest = 0
         for label in range(1, count):
@@ -137,12 +140,16 @@ class PartPresentTrigger(Trigger):
             if _is_ghost(mask, small, background):
                 background[mask > 0] = small[mask > 0]
                 continue
-            box = tuple(int(stats[label, n]) for n in (cv2.CC_STAT_LEFT, cv2.CC_STAT_TOP, cv2.CC_STAT_WIDTH, cv2.CC_STAT_HEIGHT))
+            box = tuple(
+                int(stats[label, n]) for n in (cv2.CC_STAT_LEFT, cv2.CC_STAT_TOP, cv2.CC_STAT_WIDTH, cv2.CC_STAT_HEIGHT)
+            )
             found, largest = _Blob((box[0], box[1], box[2], box[3]), mask), area
         return found
 
     def _adapt(self, small: Gray, background: Gray, foreground: NDArray[np.uint8]) -> None:
-        rate = np.where(cv2.dilate(foreground, np.ones((5, 5), np.uint8)) > 0, 1.0 / self.settings.absorb_frames, ADAPT).astype(np.float32)
+        rate = np.where(
+            cv2.dilate(foreground, np.ones((5, 5), np.uint8)) > 0, 1.0 / self.settings.absorb_frames, ADAPT
+        ).astype(np.float32)
         background += rate[..., None] * (small - background)
 
 
@@ -165,7 +172,7 @@ def _is_ghost(mask: NDArray[np.uint8], small: Gray, background: Gray) -> bool:
     kernel = np.ones((2 * EDGE_MARGIN_PX + 1, 2 * EDGE_MARGIN_PX + 1), np.uint8)
     ring = (cv2.dilate(mask, kernel) - cv2.erode(mask, kernel)) > 0
     if not ring.any():
-        return False        # it fills the picture
+        return False  # it fills the picture
     return bool(_edges(background)[ring].mean() > GHOST_RATIO * _edges(small)[ring].mean() + 1.0)
 
 

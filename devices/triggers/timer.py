@@ -1,4 +1,5 @@
 """One frame per period is inspected; `trigger: {kind: timer, period_ms: 500}`."""
+
 from __future__ import annotations
 
 from typing import Literal

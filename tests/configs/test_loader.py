@@ -48,23 +48,44 @@ def test_defaults_fill_what_the_file_leaves_out() -> None:
     assert load("port: 1") == Root(port=1)
 
 
-@pytest.mark.parametrize(("text", "expected"), [
-    ("method:\n  name: dec\n  n_clusters: 1", ["line.yaml:3 method.n_clusters is 1, expected greater than or equal to 2"]),
-    ("method: {name: dec, n_cluster: 3}", ["line.yaml:1 method.n_cluster is not a known setting, did you mean 'n_clusters'?"]),
-    ("\nprot: 5", ["line.yaml:2 prot is not a known setting, did you mean 'port'?"]),
-    ("port: '12'", ["line.yaml:1 port is '12', expected a valid integer"]),
-    ("port: yes", ["line.yaml:1 port is yes, expected a valid integer"]),
-    ("port: .inf", ["line.yaml:1 port is .inf, expected a valid integer"]),
-    ("method: {name: deck}", ["line.yaml:1 method has name deck, expected one of dec, ae_kmeans, did you mean 'dec'?"]),
-    ("cameras: {top: {roi: [1, 2, 3, 4]}}", ["line.yaml:1 cameras.top.source is missing, expected a value"]),
-    ("cameras:\n  top: {source: x, policy: lates}", ["line.yaml:2 cameras.top.policy is lates, expected 'latest' or 'every', did you mean 'latest'?"]),
-    ("cameras:\n  T1: {source: x}", ["line.yaml:2 cameras.T1 is not a usable name, expected text that should match pattern '^[a-z]+$'"]),
-    ("port: 1\nport: 2", ["line.yaml:2 port is given twice (first at line.yaml:1); keep one"]),
-    ("- 1", ["line.yaml:1 is [1], expected settings as `key: value` lines"]),
-    ("", ["line.yaml is empty, expected settings as `key: value` lines"]),
-    ("a: &x 1\nb: *x", ["line.yaml:1 uses an anchor or alias; write the value out"]),
-    ("port: !!python/object:os.system x", ["line.yaml:1 has the tag tag:yaml.org,2002:python/object:os.system, expected a plain value"]),
-])
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        (
+            "method:\n  name: dec\n  n_clusters: 1",
+            ["line.yaml:3 method.n_clusters is 1, expected greater than or equal to 2"],
+        ),
+        (
+            "method: {name: dec, n_cluster: 3}",
+            ["line.yaml:1 method.n_cluster is not a known setting, did you mean 'n_clusters'?"],
+        ),
+        ("\nprot: 5", ["line.yaml:2 prot is not a known setting, did you mean 'port'?"]),
+        ("port: '12'", ["line.yaml:1 port is '12', expected a valid integer"]),
+        ("port: yes", ["line.yaml:1 port is yes, expected a valid integer"]),
+        ("port: .inf", ["line.yaml:1 port is .inf, expected a valid integer"]),
+        (
+            "method: {name: deck}",
+            ["line.yaml:1 method has name deck, expected one of dec, ae_kmeans, did you mean 'dec'?"],
+        ),
+        ("cameras: {top: {roi: [1, 2, 3, 4]}}", ["line.yaml:1 cameras.top.source is missing, expected a value"]),
+        (
+            "cameras:\n  top: {source: x, policy: lates}",
+            ["line.yaml:2 cameras.top.policy is lates, expected 'latest' or 'every', did you mean 'latest'?"],
+        ),
+        (
+            "cameras:\n  T1: {source: x}",
+            ["line.yaml:2 cameras.T1 is not a usable name, expected text that should match pattern '^[a-z]+$'"],
+        ),
+        ("port: 1\nport: 2", ["line.yaml:2 port is given twice (first at line.yaml:1); keep one"]),
+        ("- 1", ["line.yaml:1 is [1], expected settings as `key: value` lines"]),
+        ("", ["line.yaml is empty, expected settings as `key: value` lines"]),
+        ("a: &x 1\nb: *x", ["line.yaml:1 uses an anchor or alias; write the value out"]),
+        (
+            "port: !!python/object:os.system x",
+            ["line.yaml:1 has the tag tag:yaml.org,2002:python/object:os.system, expected a plain value"],
+        ),
+    ],
+)
 def test_each_mistake_is_one_line_with_place_key_value_and_expectation(text: str, expected: list[str]) -> None:
     assert problems(text) == expected
 
@@ -95,14 +116,20 @@ def test_command_line_beats_environment_beats_file() -> None:
 
 
 def test_an_override_reaches_into_sections_and_lists() -> None:
-    settings = load("cameras: {top: {source: a}}", "cameras.top.roi=[1, 2, 3, 4]", "method.name=dec", "method.n_clusters=4")
+    settings = load(
+        "cameras: {top: {source: a}}", "cameras.top.roi=[1, 2, 3, 4]", "method.name=dec", "method.n_clusters=4"
+    )
     assert settings.cameras["top"].roi == (1, 2, 3, 4)
     assert settings.method.n_clusters == 4
 
 
 def test_a_wrong_override_names_the_option_or_the_variable() -> None:
-    assert problems("port: 1", "passwrd=1") == ["--set passwrd passwrd is not a known setting, did you mean 'password'?"]
-    assert problems("port: 1", EDGE__PRT="1") == ["environment EDGE__PRT prt is not a known setting, did you mean 'port'?"]
+    assert problems("port: 1", "passwrd=1") == [
+        "--set passwrd passwrd is not a known setting, did you mean 'password'?"
+    ]
+    assert problems("port: 1", EDGE__PRT="1") == [
+        "environment EDGE__PRT prt is not a known setting, did you mean 'port'?"
+    ]
     assert problems("port: 1", "port") == ["--set port: expected key.subkey=value"]
 
 
@@ -121,7 +148,9 @@ def test_a_secret_is_never_shown_in_a_message() -> None:
 
 
 def test_a_missing_variable_is_named() -> None:
-    assert problems("password: ${NOT_THERE}") == ["line.yaml:1 needs the environment variable NOT_THERE, which is not set"]
+    assert problems("password: ${NOT_THERE}") == [
+        "line.yaml:1 needs the environment variable NOT_THERE, which is not set"
+    ]
 
 
 def test_settings_are_frozen() -> None:

@@ -1,4 +1,5 @@
 """Cameras for tests: a film, and a network camera on localhost."""
+
 from __future__ import annotations
 
 import functools
@@ -33,7 +34,9 @@ class _Mjpeg(http.server.BaseHTTPRequestHandler):
         self.end_headers()
         for n in range(self._frames):
             data = cv2.imencode(".jpg", np.full((48, 64, 3), 20 + 10 * n, np.uint8))[1].tobytes()
-            self.wfile.write(b"--frame\r\nContent-Type: image/jpeg\r\nContent-Length: %d\r\n\r\n" % len(data) + data + b"\r\n")
+            self.wfile.write(
+                b"--frame\r\nContent-Type: image/jpeg\r\nContent-Length: %d\r\n\r\n" % len(data) + data + b"\r\n"
+            )
 
     def log_message(self, *_: object) -> None: ...
 

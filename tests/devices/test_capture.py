@@ -23,8 +23,12 @@ class Listener:
         self.capture: Capture | None = None
 
     def start(self, **settings: object) -> Capture:
-        capture = Capture("top", CameraSettings.model_validate({"pace": "max", **settings}), lambda _, shot: self.shots.put(shot),
-                          lambda _: self.statuses.put(self.capture.status()) if self.capture else None)
+        capture = Capture(
+            "top",
+            CameraSettings.model_validate({"pace": "max", **settings}),
+            lambda _, shot: self.shots.put(shot),
+            lambda _: self.statuses.put(self.capture.status()) if self.capture else None,
+        )
         self.capture = capture
         capture.start()
         return capture
@@ -72,10 +76,12 @@ def test_a_live_camera_that_goes_away_is_reopened(mjpeg_camera: str, monkeypatch
     assert states == ["online", "offline", "online"] and capture.status().reconnects >= 1
     assert capture.ended.wait(20)
     ids = [shot.trigger_id for shot in listener.all_shots()]
-    assert ids == list(range(1, len(ids) + 1)) and len(ids) > 5      # numbering goes on across reconnects
+    assert ids == list(range(1, len(ids) + 1)) and len(ids) > 5  # numbering goes on across reconnects
 
 
-def test_a_live_camera_that_is_not_there_is_waited_for_and_said_once(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_live_camera_that_is_not_there_is_waited_for_and_said_once(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     monkeypatch.setattr("devices.capture.RECONNECT_FIRST_S", 0.01)
     monkeypatch.setattr("devices.capture.RECONNECT_MAX_S", 0.01)
     listener = Listener()
@@ -94,4 +100,3 @@ def test_stopping_ends_a_film_that_loops_for_ever(tmp_path: Path) -> None:
     listener.shots.get(timeout=20)
     capture.stop()
     assert capture.ended.wait(20)
-

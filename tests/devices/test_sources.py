@@ -42,7 +42,7 @@ def test_a_film_keeps_its_own_pace_unless_told_otherwise(tmp_path: Path) -> None
     path = film(tmp_path / "a.mp4", frames=10, fps=50)
     started = time.monotonic()
     assert len(list(open_source(camera(path, pace="source")))) == 10
-    assert time.monotonic() - started >= 9 / 50        # nine periods lie between ten frames
+    assert time.monotonic() - started >= 9 / 50  # nine periods lie between ten frames
 
 
 def test_a_pacer_that_is_stopped_lets_go_at_once() -> None:
@@ -65,15 +65,18 @@ def test_a_folder_gives_its_images_by_name_and_declares_what_it_cannot_read(tmp_
     assert frames[2].fault is not None and "not an image (12 bytes)" in frames[2].fault.detail
 
 
-@pytest.mark.parametrize(("source", "code", "text"), [
-    ("/nowhere/line.mp4", "C-NODEV", "film /nowhere/line.mp4 does not exist"),
-    ("folder:/nowhere", "C-NODEV", "folder /nowhere does not exist"),
-    ("usb:77", "C-NODEV", "usb:77 is not there"),
-    ("gige:1", "C-SPEC", "expected one of usb:0"),
-    ("synthetic:partz=3", "C-SPEC", "has the option 'partz'"),
-    ("synthetic:parts=0", "C-SPEC", "expected parts >= 1"),
-    ("synthetic:parts=x", "C-SPEC", "expected a number"),
-])
+@pytest.mark.parametrize(
+    ("source", "code", "text"),
+    [
+        ("/nowhere/line.mp4", "C-NODEV", "film /nowhere/line.mp4 does not exist"),
+        ("folder:/nowhere", "C-NODEV", "folder /nowhere does not exist"),
+        ("usb:77", "C-NODEV", "usb:77 is not there"),
+        ("gige:1", "C-SPEC", "expected one of usb:0"),
+        ("synthetic:partz=3", "C-SPEC", "has the option 'partz'"),
+        ("synthetic:parts=0", "C-SPEC", "expected parts >= 1"),
+        ("synthetic:parts=x", "C-SPEC", "expected a number"),
+    ],
+)
 def test_a_camera_that_is_not_there_says_what_was_looked_for(source: str, code: str, text: str) -> None:
     with pytest.raises(CameraError, match=text) as caught:
         open_source(camera(source))
@@ -88,10 +91,16 @@ def test_an_empty_folder_and_a_file_that_is_no_film_are_named(tmp_path: Path) ->
         open_source(camera(tmp_path / "x.mp4"))
 
 
-@pytest.mark.parametrize(("source", "kind", "live"), [
-    ("rtsp://u:p@10.0.0.7/ch1", "rtsp", True), ("http://cam/mjpeg", "rtsp", True), ("usb:0", "usb", True), ("synthetic:", "synthetic", False),
-    ("file:a.mp4", "file", False),
-])
+@pytest.mark.parametrize(
+    ("source", "kind", "live"),
+    [
+        ("rtsp://u:p@10.0.0.7/ch1", "rtsp", True),
+        ("http://cam/mjpeg", "rtsp", True),
+        ("usb:0", "usb", True),
+        ("synthetic:", "synthetic", False),
+        ("file:a.mp4", "file", False),
+    ],
+)
 def test_the_kind_of_a_source_is_read_from_its_address(source: str, kind: str, live: bool) -> None:
     assert source_kind(source)[0] == kind and is_live(source) == live
 
@@ -136,7 +145,11 @@ def test_the_drawn_conveyor_is_the_same_for_the_same_seed_and_shows_what_was_pla
 
 
 def test_settings_that_cannot_work_are_refused() -> None:
-    with pytest.raises(ValueError, match=r"trigger\.region \[0, 0, 50, 50\] does not lie inside roi \[10, 10, 40, 40\]"):
-        CameraSettings.model_validate({"source": "usb:0", "roi": (10, 10, 40, 40), "trigger": {"kind": "part_present", "region": (0, 0, 50, 50)}})
+    with pytest.raises(
+        ValueError, match=r"trigger\.region \[0, 0, 50, 50\] does not lie inside roi \[10, 10, 40, 40\]"
+    ):
+        CameraSettings.model_validate(
+            {"source": "usb:0", "roi": (10, 10, 40, 40), "trigger": {"kind": "part_present", "region": (0, 0, 50, 50)}}
+        )
     with pytest.raises(ValueError, match="trigger kind plc is not built yet"):
         CameraSettings.model_validate({"source": "usb:0", "trigger": {"kind": "plc"}})

@@ -18,12 +18,14 @@ def frame(image: np.ndarray, index: int, mono_s: float = 0.0) -> Frame:
     return Frame(image, index, mono_s)
 
 
-def belt(x: float | None, *, level: int = 50, part: int = 200, side_px: int = 60, noise: np.random.Generator | None = None) -> np.ndarray:
+def belt(
+    x: float | None, *, level: int = 50, part: int = 200, side_px: int = 60, noise: np.random.Generator | None = None
+) -> np.ndarray:
     """A belt of 200x100 with a square part centred at x (None: empty)."""
     image = np.full((100, 200, 3), level, np.float32)
     if x is not None:
         left, right = max(0, round(x - side_px / 2)), min(200, round(x + side_px / 2))
-        image[20:80, left:max(left, right)] = part
+        image[20:80, left : max(left, right)] = part
     if noise is not None:
         image += noise.normal(0, 3, image.shape)
     return np.clip(image, 0, 255).astype(np.uint8)
@@ -108,12 +110,12 @@ def test_every_part_of_a_drawn_conveyor_is_seen_exactly_once() -> None:
     x, y, w, h = ROI
     shots = []
     for n in range(conveyor.n_frames):
-        shot = trigger.update(frame(np.ascontiguousarray(conveyor.render(n)[y:y + h, x:x + w]), n))
+        shot = trigger.update(frame(np.ascontiguousarray(conveyor.render(n)[y : y + h, x : x + w]), n))
         if shot is not None:
             shots.append(shot)
     assert [shot.trigger_id for shot in shots] == list(range(1, 26))
     centred = [(480 + 64 + (n * 170) - 12 * shot.frame.index) - 240 for n, shot in enumerate(shots)]
-    assert max(map(abs, centred)) <= 12        # within one step of the belt
+    assert max(map(abs, centred)) <= 12  # within one step of the belt
 
 
 def test_the_free_trigger_shoots_every_frame_and_a_timer_one_per_period() -> None:

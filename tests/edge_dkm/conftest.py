@@ -1,4 +1,5 @@
 """A real Mosquitto on localhost, a subscriber, and a line on drawn parts: what the broker tests share."""
+
 from __future__ import annotations
 
 import json
@@ -149,8 +150,16 @@ def part_folder(tmp_path: Path) -> Path:
 @pytest.fixture
 def make_line(tiny_model_path: Path, part_folder: Path, tmp_path: Path) -> Callable[..., LineSettings]:
     """Line settings for the tiny model on the folder of parts; keyword arguments replace whole sections."""
+
     def make(port: int, **sections: str) -> LineSettings:
-        values = {"station": "st1", "model": str(tiny_model_path), "cameras": f"{{top: {{source: '{part_folder}', pace: max, policy: every}}}}",
-                  "mqtt": f"{{host: 127.0.0.1, port: {port}}}", "state": str(tmp_path / "state"), **sections}
+        values = {
+            "station": "st1",
+            "model": str(tiny_model_path),
+            "cameras": f"{{top: {{source: '{part_folder}', pace: max, policy: every}}}}",
+            "mqtt": f"{{host: 127.0.0.1, port: {port}}}",
+            "state": str(tmp_path / "state"),
+            **sections,
+        }
         return load_text(LineSettings, "\n".join(f"{key}: {value}" for key, value in values.items()), "line.yaml")
+
     return make

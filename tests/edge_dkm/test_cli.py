@@ -28,7 +28,9 @@ def run(arguments: list[str]) -> int:
         return int(exit_.code or 0)
 
 
-def test_score_prints_one_json_line_per_image(tiny_model_path: Path, part_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_score_prints_one_json_line_per_image(
+    tiny_model_path: Path, part_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     images = sorted(str(path) for path in part_folder.glob("*.png"))
     assert run(["score", str(tiny_model_path), *images]) == 0
     rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
@@ -36,7 +38,9 @@ def test_score_prints_one_json_line_per_image(tiny_model_path: Path, part_folder
     assert set(rows[0]) == {"file", "cluster", "verdict", "reason", "distance", "novelty_score", "p_value", "is_novel"}
 
 
-def test_score_cuts_the_roi_first_and_declares_what_it_cannot_read(tiny_model_path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_score_cuts_the_roi_first_and_declares_what_it_cannot_read(
+    tiny_model_path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     image = draw("disc", np.random.default_rng(1))
     wide = np.zeros((50, 70, 3), np.uint8)
     wide[8:40, 20:52] = image
@@ -47,7 +51,12 @@ def test_score_cuts_the_roi_first_and_declares_what_it_cannot_read(tiny_model_pa
     assert {**first, "file": ""} == {**second, "file": ""}
     assert run(["score", str(tiny_model_path), str(tmp_path / "none.png"), str(plain)]) == 1
     rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
-    assert rows[0]["verdict"] == "error" and rows[0]["error"]["code"] == "F-DECODE" and "cluster" not in rows[0] and rows[1]["cluster"]
+    assert (
+        rows[0]["verdict"] == "error"
+        and rows[0]["error"]["code"] == "F-DECODE"
+        and "cluster" not in rows[0]
+        and rows[1]["cluster"]
+    )
 
 
 def test_verify_says_what_was_compared(tiny_model_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -63,48 +72,84 @@ def test_bench_reports_percentiles_and_memory(tiny_model_path: Path, capsys: pyt
 
 
 @pytest.mark.broker
-def test_check_looks_at_settings_model_camera_and_broker(mosquitto: Mosquitto, make_line: Callable[..., LineSettings], tmp_path: Path,
-                                                         capsys: pytest.CaptureFixture[str]) -> None:
+def test_check_looks_at_settings_model_camera_and_broker(
+    mosquitto: Mosquitto, make_line: Callable[..., LineSettings], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert run(["check", write_line(tmp_path / "line.yaml", make_line(mosquitto.port))]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert [line[:4] for line in lines] == ["ok  "] * 4 and "accepts us, MQTT 5" in lines[3]
 
 
-@pytest.mark.parametrize(("change", "code", "text"), [
-    ({}, 5, "FAIL broker"),
-    ({"model": "/nowhere.onnx"}, 3, "FAIL model"),
-    ({"cameras": "{top: {source: 'usb:77'}}"}, 4, "FAIL camera top  C-NODEV usb:77 is not there"),
-    ({"cameras": "{top: {source: PARTS, roi: [0, 0, 16, 16]}}"}, 2, "shows the model 16x16, but it was trained on images of 32x32"),
-    ({"cameras": "{top: {source: PARTS, roi: [0, 0, 160, 160]}}"}, 4, "C-ROI roi 0,0,160,160 does not lie inside its frames of 32x32"),
-    ({"verdicts": "{clusters: {scratch: reject}}"}, 2, "names 'scratch'"),
-    ({"device": "tensorrt"}, 2, "TensorrtExecutionProvider, which is not installed"),
-])
-def test_check_names_what_fails_and_exits_with_its_code(change: dict[str, str], code: int, text: str, make_line: Callable[..., LineSettings], part_folder: Path,
-                                                        tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(
+    ("change", "code", "text"),
+    [
+        ({}, 5, "FAIL broker"),
+        ({"model": "/nowhere.onnx"}, 3, "FAIL model"),
+        ({"cameras": "{top: {source: 'usb:77'}}"}, 4, "FAIL camera top  C-NODEV usb:77 is not there"),
+        (
+            {"cameras": "{top: {source: PARTS, roi: [0, 0, 16, 16]}}"},
+            2,
+            "shows the model 16x16, but it was trained on images of 32x32",
+        ),
+        (
+            {"cameras": "{top: {source: PARTS, roi: [0, 0, 160, 160]}}"},
+            4,
+            "C-ROI roi 0,0,160,160 does not lie inside its frames of 32x32",
+        ),
+        ({"verdicts": "{clusters: {scratch: reject}}"}, 2, "names 'scratch'"),
+        ({"device": "tensorrt"}, 2, "TensorrtExecutionProvider, which is not installed"),
+    ],
+)
+def test_check_names_what_fails_and_exits_with_its_code(
+    change: dict[str, str],
+    code: int,
+    text: str,
+    make_line: Callable[..., LineSettings],
+    part_folder: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     change = {key: value.replace("PARTS", f"'{part_folder}'") for key, value in change.items()}
     assert run(["check", write_line(tmp_path / "line.yaml", make_line(free_port(), **change))]) == code
     assert text.replace("  ", " ") in " ".join(capsys.readouterr().out.split())
 
 
-@pytest.mark.parametrize(("arguments", "code", "text"), [
-    (["run", "nope"], 2, "no such settings file, and no shipped line settings of that name"),
-    (["run", "demo", "--set", "station=a b"], 2, "station is a b, expected"),
-    (["run", "demo", "--max-parts", "0"], 2, "expected a whole number of at least 1"),
-    (["run", "demo", "--set", "model=/nowhere.onnx", "--set", "state=STATE", "--set", "mqtt.host=127.0.0.1"], 3, "/nowhere.onnx: no such model"),
-    (["run", "demo", "--set", "mqtt={host: h, tls: {ca: /nowhere.pem}}", "--set", "state=STATE"], 2, "mqtt.tls: /nowhere.pem cannot be used"),
-    (["record", "demo", "--set", "cameras.belt.source=usb:77", "--out", "STATE"], 4, "C-NODEV usb:77 is not there"),
-    (["score", "/nowhere.onnx", "a.png"], 3, "no such model"),
-    (["score", "m.onnx", "a.png", "--roi", "1,2,3"], 2, "expected X,Y,WIDTH,HEIGHT"),
-    (["verify", "/nowhere.onnx"], 3, "no such model"),
-    (["bench", "/nowhere.onnx", "--size", "5"], 2, "expected WIDTHxHEIGHT"),
-    (["watch", "demo", "--set", "mqtt.port=1", "--wait", "0"], 5, "cannot be reached"),
-    (["recentre", "demo"], 2, "recentre is not built yet"),
-    (["outbox", "status", "demo"], 2, "outbox is not built yet"),
-    (["schema", "asyncapi"], 2, "invalid choice: 'asyncapi'"),
-    (["verify", "m.onnx", "--device", "gpu"], 2, "no shipped device settings of that name"),
-])
-def test_each_mistake_is_one_line_and_its_exit_code(arguments: list[str], code: int, text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
-                                                    capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(
+    ("arguments", "code", "text"),
+    [
+        (["run", "nope"], 2, "no such settings file, and no shipped line settings of that name"),
+        (["run", "demo", "--set", "station=a b"], 2, "station is a b, expected"),
+        (["run", "demo", "--max-parts", "0"], 2, "expected a whole number of at least 1"),
+        (
+            ["run", "demo", "--set", "model=/nowhere.onnx", "--set", "state=STATE", "--set", "mqtt.host=127.0.0.1"],
+            3,
+            "/nowhere.onnx: no such model",
+        ),
+        (
+            ["run", "demo", "--set", "mqtt={host: h, tls: {ca: /nowhere.pem}}", "--set", "state=STATE"],
+            2,
+            "mqtt.tls: /nowhere.pem cannot be used",
+        ),
+        (["record", "demo", "--set", "cameras.belt.source=usb:77", "--out", "STATE"], 4, "C-NODEV usb:77 is not there"),
+        (["score", "/nowhere.onnx", "a.png"], 3, "no such model"),
+        (["score", "m.onnx", "a.png", "--roi", "1,2,3"], 2, "expected X,Y,WIDTH,HEIGHT"),
+        (["verify", "/nowhere.onnx"], 3, "no such model"),
+        (["bench", "/nowhere.onnx", "--size", "5"], 2, "expected WIDTHxHEIGHT"),
+        (["watch", "demo", "--set", "mqtt.port=1", "--wait", "0"], 5, "cannot be reached"),
+        (["recentre", "demo"], 2, "recentre is not built yet"),
+        (["outbox", "status", "demo"], 2, "outbox is not built yet"),
+        (["schema", "asyncapi"], 2, "invalid choice: 'asyncapi'"),
+        (["verify", "m.onnx", "--device", "gpu"], 2, "no shipped device settings of that name"),
+    ],
+)
+def test_each_mistake_is_one_line_and_its_exit_code(
+    arguments: list[str],
+    code: int,
+    text: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     monkeypatch.chdir(tmp_path)
     assert run([argument.replace("STATE", str(tmp_path / "state")) for argument in arguments]) == code
     error = capsys.readouterr().err
@@ -112,9 +157,14 @@ def test_each_mistake_is_one_line_and_its_exit_code(arguments: list[str], code: 
     assert len([line for line in error.splitlines() if line.startswith(("edge-dkm: ", "edge-dkm "))]) == 1
 
 
-def test_a_state_folder_that_cannot_be_made_is_a_storage_error(tmp_path: Path, make_line: Callable[..., LineSettings], capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_state_folder_that_cannot_be_made_is_a_storage_error(
+    tmp_path: Path, make_line: Callable[..., LineSettings], capsys: pytest.CaptureFixture[str]
+) -> None:
     (tmp_path / "file").touch()
-    assert run(["run", write_line(tmp_path / "line.yaml", make_line(free_port(), state=str(tmp_path / "file" / "state")))]) == 7
+    assert (
+        run(["run", write_line(tmp_path / "line.yaml", make_line(free_port(), state=str(tmp_path / "file" / "state")))])
+        == 7
+    )
     assert "cannot be used" in capsys.readouterr().err
 
 
@@ -133,7 +183,9 @@ def test_doctor_reports_and_finds_this_machine_usable(capsys: pytest.CaptureFixt
 
 
 def test_help_needs_no_heavy_module() -> None:
-    program = "import sys; from edge_dkm.cli import main\ntry: main(['--help'])\nexcept SystemExit: pass\n" \
-              "print(sorted({'numpy', 'cv2', 'onnxruntime', 'pydantic', 'paho', 'torch', 'yaml'} & set(sys.modules)), file=sys.stderr)"
+    program = (
+        "import sys; from edge_dkm.cli import main\ntry: main(['--help'])\nexcept SystemExit: pass\n"
+        "print(sorted({'numpy', 'cv2', 'onnxruntime', 'pydantic', 'paho', 'torch', 'yaml'} & set(sys.modules)), file=sys.stderr)"
+    )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=30)
     assert done.stderr.strip() == "[]" and "record" in done.stdout

@@ -19,9 +19,14 @@ SHA = "a" * 64
 
 def tensors(k: int = 3, d: int = 2, m: int = 4) -> dict[str, np.ndarray]:
     rng = np.random.default_rng(0)
-    return {"centroids": rng.normal(size=(k, d)).astype(np.float32), "cluster_mean": rng.normal(size=(k, d)).astype(np.float32),
-            "cluster_radius": np.ones(k, np.float32), "novelty_scale": np.ones(1, np.float32),
-            "calibration": np.sort(rng.random(m)).astype(np.float32), "calibration_weight": np.ones(m, np.float32)}
+    return {
+        "centroids": rng.normal(size=(k, d)).astype(np.float32),
+        "cluster_mean": rng.normal(size=(k, d)).astype(np.float32),
+        "cluster_radius": np.ones(k, np.float32),
+        "novelty_scale": np.ones(1, np.float32),
+        "calibration": np.sort(rng.random(m)).astype(np.float32),
+        "calibration_weight": np.ones(m, np.float32),
+    }
 
 
 def read(path: Path, **changes: Any) -> Any:
@@ -33,9 +38,12 @@ def test_what_is_written_is_read_back_and_is_safetensors(tmp_path: Path) -> None
     path = write_codebook(tmp_path, values, {"model_sha256": SHA, "alpha": "0.01"})
     book = read(path)
     assert all(np.array_equal(book.tensors[name], values[name]) for name in values)
-    assert book.metadata["alpha"] == "0.01" and path.stem == book.sha12 == hashlib.sha256(path.read_bytes()).hexdigest()[:12]
-    assert all(np.array_equal(load_file(path)[name], values[name]) for name in values)      # the reference reader agrees
-    assert [p.name for p in tmp_path.iterdir()] == [path.name]      # no temporary file is left
+    assert (
+        book.metadata["alpha"] == "0.01"
+        and path.stem == book.sha12 == hashlib.sha256(path.read_bytes()).hexdigest()[:12]
+    )
+    assert all(np.array_equal(load_file(path)[name], values[name]) for name in values)  # the reference reader agrees
+    assert [p.name for p in tmp_path.iterdir()] == [path.name]  # no temporary file is left
 
 
 def test_the_codebook_of_another_model_is_refused(tmp_path: Path) -> None:
@@ -44,13 +52,19 @@ def test_the_codebook_of_another_model_is_refused(tmp_path: Path) -> None:
         read(path)
 
 
-@pytest.mark.parametrize(("change", "message"), [
-    ({"centroids": np.zeros((4, 2), np.float32)}, r"'centroids' is float32 \(4, 2\), expected float32 \(3, 2\)"),
-    ({"cluster_radius": np.zeros(3, np.float32)}, "must be greater than 0"),
-    ({"calibration": np.array([2, 1, 3, 4], np.float32)}, "is not sorted"),
-    ({"cluster_mean": np.full((3, 2), np.nan, np.float32)}, "not finite"),
-    ({"calibration_weight": np.ones(3, np.float32)}, r"'calibration_weight' is float32 \(3,\), expected float32 \(4,\)"),
-])
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"centroids": np.zeros((4, 2), np.float32)}, r"'centroids' is float32 \(4, 2\), expected float32 \(3, 2\)"),
+        ({"cluster_radius": np.zeros(3, np.float32)}, "must be greater than 0"),
+        ({"calibration": np.array([2, 1, 3, 4], np.float32)}, "is not sorted"),
+        ({"cluster_mean": np.full((3, 2), np.nan, np.float32)}, "not finite"),
+        (
+            {"calibration_weight": np.ones(3, np.float32)},
+            r"'calibration_weight' is float32 \(3,\), expected float32 \(4,\)",
+        ),
+    ],
+)
 def test_wrong_tensors_are_named(tmp_path: Path, change: dict[str, np.ndarray], message: str) -> None:
     path = write_codebook(tmp_path, {**tensors(), **change}, {"model_sha256": SHA})
     with pytest.raises(ContractError, match=message):
@@ -73,7 +87,9 @@ def test_a_header_that_points_outside_the_file_is_refused(tmp_path: Path) -> Non
         read(path)
 
 
-def test_a_stations_codebook_changes_the_answer_and_the_base_one_does_not(tiny_model_path: Path, tmp_path: Path) -> None:
+def test_a_stations_codebook_changes_the_answer_and_the_base_one_does_not(
+    tiny_model_path: Path, tmp_path: Path
+) -> None:
     from edge_dkm.golden import load_golden
     from edge_dkm.model_file import golden_path
 

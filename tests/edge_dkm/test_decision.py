@@ -10,16 +10,21 @@ def cluster(verdict: Verdict | None, number: int = 0, name: str = "a") -> Cluste
     return Cluster(number, name, verdict, 1, 1.0, 0.5, 0.9)
 
 
-@pytest.mark.parametrize(("verdict", "is_novel", "expected"), [
-    ("reject", True, ("reject", "cluster_verdict")),        # a known defect stays rejected however strange it looks
-    ("reject", False, ("reject", "cluster_verdict")),
-    ("pass", True, ("review", "novel")),
-    ("pass", False, ("pass", "cluster_verdict")),
-    ("review", False, ("review", "cluster_verdict")),
-    (None, True, ("review", "novel")),
-    (None, False, ("pass", "default")),
-])
-def test_the_order_is_reject_then_novel_then_the_clusters_own_verdict(verdict: Verdict | None, is_novel: bool, expected: tuple[str, str]) -> None:
+@pytest.mark.parametrize(
+    ("verdict", "is_novel", "expected"),
+    [
+        ("reject", True, ("reject", "cluster_verdict")),  # a known defect stays rejected however strange it looks
+        ("reject", False, ("reject", "cluster_verdict")),
+        ("pass", True, ("review", "novel")),
+        ("pass", False, ("pass", "cluster_verdict")),
+        ("review", False, ("review", "cluster_verdict")),
+        (None, True, ("review", "novel")),
+        (None, False, ("pass", "default")),
+    ],
+)
+def test_the_order_is_reject_then_novel_then_the_clusters_own_verdict(
+    verdict: Verdict | None, is_novel: bool, expected: tuple[str, str]
+) -> None:
     assert Decision((cluster(verdict),), Policy(), "m")(0, is_novel) == expected
 
 

@@ -55,8 +55,12 @@ def edited(path: Path, name: str, factor: float) -> Path:
     return path
 
 
-@pytest.mark.parametrize(("name", "factor"), [("model.encoder.layers.0.weight", 1.05), ("novelty_scale", 1.01), ("cluster_radius", 0.99)])
-def test_a_graph_edited_after_export_names_the_first_image_and_both_answers(copied_model: Path, name: str, factor: float) -> None:
+@pytest.mark.parametrize(
+    ("name", "factor"), [("model.encoder.layers.0.weight", 1.05), ("novelty_scale", 1.01), ("cluster_radius", 0.99)]
+)
+def test_a_graph_edited_after_export_names_the_first_image_and_both_answers(
+    copied_model: Path, name: str, factor: float
+) -> None:
     inspector, golden = load(edited(copied_model, name, factor))
     with pytest.raises(ParityError, match=r"golden image 0 \(part\) (has novelty_score|is cluster).*expected"):
         verify_golden(inspector, golden)
@@ -74,7 +78,7 @@ def test_ids_are_not_compared_where_two_centroids_are_equally_near(tiny_model_pa
     n = golden.kinds.index(BLACK)
     nearly = golden.distances.copy()
     order = np.argsort(nearly[n])
-    nearly[n, order[1]] = nearly[n, order[0]] * (1 - 1e-6)     # the other one a hair nearer
+    nearly[n, order[1]] = nearly[n, order[0]] * (1 - 1e-6)  # the other one a hair nearer
     assert not dataclasses.replace(golden, distances=nearly).is_decisive(n)
 
 

@@ -20,7 +20,10 @@ def frame(kind: str = "disc", seed: int = 1) -> np.ndarray:
 
 def test_the_three_kinds_fall_into_three_clusters(tiny_model_path: Path) -> None:
     with Inspector(tiny_model_path) as inspector:
-        ids = [{inspector.inspect(frame(kind, seed)).cluster.id for seed in range(5)} for kind in ("disc", "square", "bars")]
+        ids = [
+            {inspector.inspect(frame(kind, seed)).cluster.id for seed in range(5)}
+            for kind in ("disc", "square", "bars")
+        ]
     assert [len(s) for s in ids] == [1, 1, 1] and len(set.union(*ids)) == 3
 
 
@@ -51,15 +54,20 @@ def test_one_by_one_and_in_a_batch_give_the_same_answers(tiny_model_path: Path) 
     assert np.allclose([s.novelty_score for s in single], [b.novelty_score for b in batch], rtol=1e-5)
 
 
-@pytest.mark.parametrize(("bad", "code", "text"), [
-    (None, "F-TYPE", "NoneType, expected a numpy array .*return None"),
-    (np.zeros((32, 32, 3), np.float32), "F-DTYPE", "float32, expected uint8"),
-    (np.zeros((32, 32, 3), np.uint16), "F-DTYPE", "uint16"),
-    (np.zeros((32, 32), np.uint8), "F-SHAPE", "COLOR_GRAY2BGR"),
-    (np.zeros((32, 32, 4), np.uint8), "F-SHAPE", r"\(32, 32, 4\), expected \(H, W, 3\)"),
-    (np.zeros((0, 32, 3), np.uint8), "F-SHAPE", "32x0"),
-])
-def test_a_frame_the_graph_cannot_take_says_what_it_is_and_what_was_expected(tiny_model_path: Path, bad: np.ndarray, code: str, text: str) -> None:
+@pytest.mark.parametrize(
+    ("bad", "code", "text"),
+    [
+        (None, "F-TYPE", "NoneType, expected a numpy array .*return None"),
+        (np.zeros((32, 32, 3), np.float32), "F-DTYPE", "float32, expected uint8"),
+        (np.zeros((32, 32, 3), np.uint16), "F-DTYPE", "uint16"),
+        (np.zeros((32, 32), np.uint8), "F-SHAPE", "COLOR_GRAY2BGR"),
+        (np.zeros((32, 32, 4), np.uint8), "F-SHAPE", r"\(32, 32, 4\), expected \(H, W, 3\)"),
+        (np.zeros((0, 32, 3), np.uint8), "F-SHAPE", "32x0"),
+    ],
+)
+def test_a_frame_the_graph_cannot_take_says_what_it_is_and_what_was_expected(
+    tiny_model_path: Path, bad: np.ndarray, code: str, text: str
+) -> None:
     with Inspector(tiny_model_path) as inspector, pytest.raises(FrameError, match=text) as caught:
         inspector.inspect(bad)
     assert caught.value.code == code
@@ -83,7 +91,10 @@ def test_a_fixed_size_graph_names_the_size_it_expects(tiny_run_folder: Path, tmp
     from trainer import load_run
 
     export_run(load_run(tiny_run_folder), tmp_path / "part.onnx", ExportOptions(frame=(32, 32)))
-    with Inspector(tmp_path / "part.onnx") as inspector, pytest.raises(FrameError, match=r"the frame is 40x30, part\.onnx expects 32x32"):
+    with (
+        Inspector(tmp_path / "part.onnx") as inspector,
+        pytest.raises(FrameError, match=r"the frame is 40x30, part\.onnx expects 32x32"),
+    ):
         inspector.inspect(np.zeros((30, 40, 3), np.uint8))
 
 
@@ -99,13 +110,16 @@ def test_the_threshold_can_be_moved_and_must_make_sense(tiny_model_path: Path) -
         assert not inspector.inspect(frame()).is_novel
 
 
-@pytest.mark.parametrize(("content", "text"), [
-    (b"", "is empty"),
-    (b"version https://git-lfs.github.com/spec/v1\noid sha256:x", "Git-LFS pointer of .*git lfs pull"),
-    (b"<!DOCTYPE html><html>404</html>", "web page"),
-    (b"PK\x03\x04 a zip", "zip or pickle"),
-    (b"not a model at all", "cannot be loaded as an ONNX model"),
-])
+@pytest.mark.parametrize(
+    ("content", "text"),
+    [
+        (b"", "is empty"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:x", "Git-LFS pointer of .*git lfs pull"),
+        (b"<!DOCTYPE html><html>404</html>", "web page"),
+        (b"PK\x03\x04 a zip", "zip or pickle"),
+        (b"not a model at all", "cannot be loaded as an ONNX model"),
+    ],
+)
 def test_a_file_that_is_no_model_is_called_what_it_is(tmp_path: Path, content: bytes, text: str) -> None:
     path = tmp_path / "part.onnx"
     path.write_bytes(content)
@@ -171,7 +185,9 @@ def test_a_missing_provider_is_an_error_unless_fallback_is_accepted(tiny_model_p
 
 
 def test_a_policy_that_names_an_unknown_cluster_lists_the_known_ones(tiny_model_path: Path) -> None:
-    with pytest.raises(UsageError, match="names 'scratch', which part.onnx does not have; its clusters are 0 cluster-0"):
+    with pytest.raises(
+        UsageError, match="names 'scratch', which part.onnx does not have; its clusters are 0 cluster-0"
+    ):
         Inspector(tiny_model_path, policy=Policy(clusters={"scratch": "reject"}))
 
 
@@ -180,7 +196,10 @@ def test_many_threads_share_one_inspector(tiny_model_path: Path) -> None:
     with Inspector(tiny_model_path, runtime=Runtime(threads=1)) as inspector:
         expected = [inspector.inspect(f).cluster.id for f in frames]
         results: list[list[int]] = []
-        threads = [threading.Thread(target=lambda: results.append([inspector.inspect(f).cluster.id for f in frames])) for _ in range(4)]
+        threads = [
+            threading.Thread(target=lambda: results.append([inspector.inspect(f).cluster.id for f in frames]))
+            for _ in range(4)
+        ]
         for thread in threads:
             thread.start()
         for thread in threads:
@@ -201,7 +220,9 @@ def test_it_loads_from_bytes(tiny_model_path: Path) -> None:
         assert inspector.inspect(frame()).cluster.name.startswith("cluster-")
 
 
-def test_it_works_in_a_host_program_with_folders_of_our_names_and_without_torch(tiny_model_path: Path, tmp_path: Path) -> None:
+def test_it_works_in_a_host_program_with_folders_of_our_names_and_without_torch(
+    tiny_model_path: Path, tmp_path: Path
+) -> None:
     for name in ("configs", "devices", "trainer"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "__init__.py").write_text("raise RuntimeError('the host program has its own')")

@@ -21,7 +21,10 @@ from edge_dkm.outbox import Draft, Intent, Limits, Numbers, Outbox
 
 def draft(camera: str = "top", result_id: str = "r", size: int = 100) -> Draft:
     def render(numbers: Numbers) -> bytes:
-        return json.dumps({"schema": "dkm.result/1", "cseq": numbers.cseq, "seq": numbers.seq, "pad": "x" * size}).encode()
+        return json.dumps(
+            {"schema": "dkm.result/1", "cseq": numbers.cseq, "seq": numbers.seq, "pad": "x" * size}
+        ).encode()
+
     return Draft(camera, f"t/{camera}/result", result_id, render)
 
 
@@ -44,7 +47,9 @@ def open_outbox(tmp_path: Path) -> Iterator[Callable[..., Outbox]]:
 def cseqs(box: Outbox, camera: str = "top") -> list[int]:
     """The cseq of all unsent results of a camera, in the order of sending."""
     bodies = [(row.topic, json.loads(row.body)) for row in box.unsent(0, 10_000)]
-    return [body["cseq"] for topic, body in bodies if topic == f"t/{camera}/result" and body["schema"] == "dkm.result/1"]
+    return [
+        body["cseq"] for topic, body in bodies if topic == f"t/{camera}/result" and body["schema"] == "dkm.result/1"
+    ]
 
 
 def gaps(box: Outbox) -> list[tuple[str, int, int, str]]:
@@ -68,7 +73,9 @@ def test_results_survive_closing_and_are_sent_in_order(open_outbox: Callable[...
     assert box.commit([draft()])[0] == Numbers(epoch, 6, 6)
 
 
-def test_acknowledged_rows_are_kept_but_not_sent_again_and_numbers_are_never_reused(open_outbox: Callable[..., Outbox]) -> None:
+def test_acknowledged_rows_are_kept_but_not_sent_again_and_numbers_are_never_reused(
+    open_outbox: Callable[..., Outbox],
+) -> None:
     box = open_outbox(keep_h=0)
     box.commit([draft() for _ in range(3)])
     box.mark_sent([row.seq for row in box.unsent(0, 10)])
@@ -110,7 +117,9 @@ def test_an_intent_is_closed_by_its_result_and_stays_open_without(open_outbox: C
     assert [intent.result_id for intent in open_outbox().open_intents()] == ["r2"]
 
 
-def test_when_full_the_oldest_is_dropped_and_declared_in_one_widening_record(open_outbox: Callable[..., Outbox]) -> None:
+def test_when_full_the_oldest_is_dropped_and_declared_in_one_widening_record(
+    open_outbox: Callable[..., Outbox],
+) -> None:
     box = open_outbox(max_rows=10)
     for _ in range(25):
         box.commit([draft()])
@@ -151,7 +160,9 @@ def test_a_limit_in_bytes_holds_too(open_outbox: Callable[..., Outbox]) -> None:
     assert box.status().bytes <= 5_000 and gaps(box)[0][3] == "drop_oldest"
 
 
-def test_too_old_results_are_declared_and_a_jump_of_the_wall_clock_ages_nothing(open_outbox: Callable[..., Outbox], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_too_old_results_are_declared_and_a_jump_of_the_wall_clock_ages_nothing(
+    open_outbox: Callable[..., Outbox], monkeypatch: pytest.MonkeyPatch
+) -> None:
     box = open_outbox(max_age_h=1)
     box.commit([draft() for _ in range(3)])
     monkeypatch.setattr(outbox_module, "wall_s", lambda: 4e9)
@@ -164,7 +175,9 @@ def test_too_old_results_are_declared_and_a_jump_of_the_wall_clock_ages_nothing(
     assert cseqs(box) == [] and gaps(box) == [("top", 1, 3, "age")]
 
 
-def test_after_a_reboot_the_wall_clock_decides_the_age(open_outbox: Callable[..., Outbox], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_after_a_reboot_the_wall_clock_decides_the_age(
+    open_outbox: Callable[..., Outbox], monkeypatch: pytest.MonkeyPatch
+) -> None:
     open_outbox().commit([draft()])
     monkeypatch.setattr(outbox_module, "boot_id", lambda: "another boot")
     wall = outbox_module.wall_s()
@@ -184,7 +197,7 @@ def test_a_damaged_row_is_declared_and_never_sent(open_outbox: Callable[..., Out
     with closing(sqlite3.connect(tmp_path / "outbox.db")) as db:
         db.execute("UPDATE outbox SET body = replace(body, 'xx', 'xy') WHERE seq = 2")
         db.commit()
-        assert db.execute("PRAGMA quick_check").fetchone() == ("ok",)      # SQLite itself sees nothing
+        assert db.execute("PRAGMA quick_check").fetchone() == ("ok",)  # SQLite itself sees nothing
     box = Outbox(tmp_path / "outbox.db", "st1", lambda camera: f"t/{camera}/result")
     assert cseqs(box) == [1, 3] and gaps(box) == [("top", 2, 2, "row_corrupt")]
     box.close()
@@ -211,7 +224,9 @@ def test_a_full_disk_is_a_storage_error_and_what_was_committed_stays(open_outbox
     assert cseqs(box) == [1, 2, 3, 4, 5]
 
 
-@pytest.mark.parametrize("content", [b"not a database at all, but long enough to be looked at" * 40, b"SQLite format 3\0" + b"\xff" * 4000])
+@pytest.mark.parametrize(
+    "content", [b"not a database at all, but long enough to be looked at" * 40, b"SQLite format 3\0" + b"\xff" * 4000]
+)
 def test_a_damaged_file_is_an_error_that_says_what_to_do(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "outbox.db").write_bytes(content)
     with pytest.raises(StorageError, match="move it away"):
@@ -271,6 +286,9 @@ def test_what_was_committed_is_there_after_kill_9(tmp_path: Path) -> None:
         process.stdout.close()
         box = Outbox(path, "st1", lambda camera: "t")
         stored = [int(row.body) for row in box.unsent(0, 100_000)]
-        assert stored == list(range(1, len(stored) + 1)) and len(stored) in {last, last + 1}     # one more may be committed and not yet said
+        assert stored == list(range(1, len(stored) + 1)) and len(stored) in {
+            last,
+            last + 1,
+        }  # one more may be committed and not yet said
         last = len(stored)
         box.close()

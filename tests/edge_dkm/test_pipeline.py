@@ -62,7 +62,16 @@ def build(gate: Gate, tmp_path: Path) -> Iterator[Callable[..., Pipeline]]:
     def make(**cameras: dict[str, Any]) -> Pipeline:
         settings = {name: CameraSettings.model_validate({"source": "x", **values}) for name, values in cameras.items()}
         box = Outbox(tmp_path / "outbox.db", "st1", lambda camera: f"t/{camera}/result")
-        built.append(Pipeline("st1", settings, {name: gate for name in settings}, box, lambda camera: f"t/{camera}/result", lambda: None))  # type: ignore[arg-type, misc]
+        built.append(
+            Pipeline(
+                "st1",
+                settings,
+                {name: gate for name in settings},
+                box,
+                lambda camera: f"t/{camera}/result",
+                lambda: None,
+            )
+        )  # type: ignore[arg-type, misc]
         built[-1].start()
         return built[-1]
 
@@ -77,17 +86,23 @@ def results(pipeline: Pipeline) -> list[dict[str, Any]]:
     return [json.loads(row.body) for row in pipeline.outbox.unsent(0, 10_000)]
 
 
-def test_every_shot_of_a_camera_that_takes_every_frame_becomes_one_result_in_order(build: Callable[..., Pipeline]) -> None:
+def test_every_shot_of_a_camera_that_takes_every_frame_becomes_one_result_in_order(
+    build: Callable[..., Pipeline],
+) -> None:
     pipeline = build(top={"policy": "every"})
     for n in range(1, 41):
         pipeline.take("top", shot(n), is_part=False)
     assert pipeline.finish(20)
     rows = results(pipeline)
-    assert [row["trigger"]["id"] for row in rows] == list(range(1, 41)) and [row["cseq"] for row in rows] == list(range(1, 41))
+    assert [row["trigger"]["id"] for row in rows] == list(range(1, 41)) and [row["cseq"] for row in rows] == list(
+        range(1, 41)
+    )
     assert {row["state"] for row in rows} == {"completed"}
 
 
-def test_the_newest_frame_wins_and_the_skipped_ones_are_counted_exactly(build: Callable[..., Pipeline], gate: Gate) -> None:
+def test_the_newest_frame_wins_and_the_skipped_ones_are_counted_exactly(
+    build: Callable[..., Pipeline], gate: Gate
+) -> None:
     pipeline = build(top={"policy": "latest"})
     gate.open.clear()
     for n in range(1, 31):
@@ -96,7 +111,9 @@ def test_the_newest_frame_wins_and_the_skipped_ones_are_counted_exactly(build: C
     assert pipeline.finish(20)
     tally = pipeline.tallies["top"]
     assert results(pipeline)[-1]["trigger"]["id"] == 30
-    assert tally.dropped["superseded"] > 0 and tally.frames == 30 == tally.results + tally.bad + sum(tally.dropped.values())
+    assert tally.dropped["superseded"] > 0 and tally.frames == 30 == tally.results + tally.bad + sum(
+        tally.dropped.values()
+    )
 
 
 def test_a_part_is_never_superseded_but_waits_for_room(build: Callable[..., Pipeline], gate: Gate) -> None:
@@ -115,10 +132,14 @@ def test_a_part_is_never_superseded_but_waits_for_room(build: Callable[..., Pipe
     gate.open.set()
     thread.join(20)
     assert pipeline.finish(20)
-    assert [row["trigger"]["id"] for row in results(pipeline)] == list(range(1, count + 1)) and not pipeline.tallies["top"].dropped
+    assert [row["trigger"]["id"] for row in results(pipeline)] == list(range(1, count + 1)) and not pipeline.tallies[
+        "top"
+    ].dropped
 
 
-def test_a_parts_intent_is_on_disk_before_it_is_inspected_and_closed_by_its_result(build: Callable[..., Pipeline], gate: Gate) -> None:
+def test_a_parts_intent_is_on_disk_before_it_is_inspected_and_closed_by_its_result(
+    build: Callable[..., Pipeline], gate: Gate
+) -> None:
     pipeline = build(top={})
     gate.open.clear()
     pipeline.take("top", shot(7, kind="part_present"), is_part=True)
@@ -145,7 +166,10 @@ def test_a_faulty_frame_becomes_a_declared_bad_frame_and_never_a_cluster(build: 
     pipeline.take("top", shot(2, np.zeros((4, 4, 3), np.float32)), is_part=False)  # type: ignore[arg-type]
     assert pipeline.finish(20)
     rows = results(pipeline)
-    assert [(r["state"], r["verdict"], r["error"]["code"]) for r in rows] == [("bad_frame", "error", "F-DECODE"), ("bad_frame", "error", "F-DTYPE")]
+    assert [(r["state"], r["verdict"], r["error"]["code"]) for r in rows] == [
+        ("bad_frame", "error", "F-DECODE"),
+        ("bad_frame", "error", "F-DTYPE"),
+    ]
     assert all("cluster" not in r and "novelty" not in r for r in rows) and pipeline.tallies["top"].bad == 2
 
 
@@ -155,7 +179,7 @@ def test_a_missed_deadline_is_a_declared_failure(build: Callable[..., Pipeline],
     wait_until(lambda: pipeline.committed == 1)
     gate.open.clear()
     pipeline.take("top", shot(2), is_part=False)
-    time.sleep(0.1)     # the deadline passes
+    time.sleep(0.1)  # the deadline passes
     gate.open.set()
     assert pipeline.finish(20)
     rows = results(pipeline)
@@ -165,7 +189,9 @@ def test_a_missed_deadline_is_a_declared_failure(build: Callable[..., Pipeline],
 
 def test_a_disk_that_fails_stops_the_line_with_the_reason(build: Callable[..., Pipeline]) -> None:
     pipeline = build(top={"policy": "every"})
-    pipeline.outbox._db.execute(f"PRAGMA max_page_count = {pipeline.outbox._db.execute('PRAGMA page_count').fetchone()[0]}")
+    pipeline.outbox._db.execute(
+        f"PRAGMA max_page_count = {pipeline.outbox._db.execute('PRAGMA page_count').fetchone()[0]}"
+    )
     for n in range(1, 200):
         pipeline.take("top", shot(n), is_part=False)
         if pipeline.failed is not None:

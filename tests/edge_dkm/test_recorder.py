@@ -12,7 +12,8 @@ from edge_dkm.errors import UsageError
 from edge_dkm.recorder import COLUMNS, RecordOptions, record
 from edge_dkm.settings import LineSettings
 from tests.images import write_png
-from trainer.data import DataSettings, load_dataset, open_images
+from trainer.data import load_dataset
+from trainer.images import DataSettings, open_images
 from trainer.preprocess import PreprocessSettings
 
 LINE = """
@@ -71,7 +72,10 @@ def test_the_trainer_reads_a_recording_with_its_groups_and_framing(tmp_path: Pat
 
 def test_images_that_cannot_be_read_are_counted_and_left_out(tmp_path: Path, part_folder: Path) -> None:
     (part_folder / "003.png").write_bytes(b"nothing")
-    done = record(line(f"station: s\nmodel: m\ncameras: {{top: {{source: '{part_folder}', pace: max}}}}"), RecordOptions(tmp_path / "rec"))
+    done = record(
+        line(f"station: s\nmodel: m\ncameras: {{top: {{source: '{part_folder}', pace: max}}}}"),
+        RecordOptions(tmp_path / "rec"),
+    )
     assert (done.parts, done.frames, done.faulty) == (11, 11, 1)
 
 

@@ -22,7 +22,12 @@ def problem(text: str) -> str:
 
 def test_three_lines_are_a_line() -> None:
     settings = load(MINIMAL)
-    assert (settings.device, settings.delivery.mode, settings.mqtt.host, settings.verdicts.novel) == ("cpu", "journal", "embedded", "review")
+    assert (settings.device, settings.delivery.mode, settings.mqtt.host, settings.verdicts.novel) == (
+        "cpu",
+        "journal",
+        "embedded",
+        "review",
+    )
     assert settings.base_topic == "dkm/v1/st4"
 
 
@@ -30,24 +35,36 @@ def test_isa_95_levels_stand_before_the_station_in_order() -> None:
     assert load(MINIMAL + "uns: {cell: c2, enterprise: acme, line: l4}").base_topic == "acme/l4/c2/dkm/v1/st4"
 
 
-@pytest.mark.parametrize(("text", "expected"), [
-    (MINIMAL + "delivery: {mode: e2e}", "line.yaml:4 delivery.mode is e2e, e2e is not built yet, expected journal"),
-    (MINIMAL + "delivery: {order: live_first}", "live_first is not built yet"),
-    (MINIMAL + "delivery: {limit: block}", "block is not built yet"),
-    (MINIMAL + "parts: {join: trigger_id}", "line.yaml:4 parts is {join: trigger_id}, it is not built yet"),
-    (MINIMAL + "recipes: {A17: a17.onnx}", "it is not built yet"),
-    ("station: st4\nmodel: m.onnx\ncameras: {top: {source: 'usb:0', trigger: {kind: plc}}}", "trigger kind plc is not built yet"),
-    ("station: a/b\nmodel: m.onnx\ncameras: {top: {source: x}}", "line.yaml:1 station is a/b, expected text that should match pattern"),
-    ("station: st4\ncameras: {top: {source: x}}", "model is missing: camera top has none of its own"),
-    ("station: st4\nmodel: m.onnx\ncameras: {}", "cameras is {}"),
-    ("station: st4\nmodel: m.onnx", "cameras is missing, expected at least one camera"),
-    ("station: st4\nmodel: m.onnx\ncameras: {to p: {source: x}}", "cameras.to p is not a usable name"),
-    (MINIMAL + "mqtt: {host: 'a b'}", "expected a host name or an IP address"),
-    (MINIMAL + f"mqtt: {{host: {'x' * 70}.example}}", "expected a host name or an IP address"),
-    (MINIMAL + "mqtt: {host: h, tls: {cert: a.pem}}", "expected cert and key together"),
-    (MINIMAL + "mqtt: {host: h, prot: 1}", "line.yaml:4 mqtt.prot is not a known setting, did you mean 'port'?"),
-    (MINIMAL + "verdicts: {clusters: {scratch: rejekt}}", "verdicts.clusters.scratch is rejekt, expected 'pass', 'review' or 'reject', did you mean 'reject'?"),
-])
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        (MINIMAL + "delivery: {mode: e2e}", "line.yaml:4 delivery.mode is e2e, e2e is not built yet, expected journal"),
+        (MINIMAL + "delivery: {order: live_first}", "live_first is not built yet"),
+        (MINIMAL + "delivery: {limit: block}", "block is not built yet"),
+        (MINIMAL + "parts: {join: trigger_id}", "line.yaml:4 parts is {join: trigger_id}, it is not built yet"),
+        (MINIMAL + "recipes: {A17: a17.onnx}", "it is not built yet"),
+        (
+            "station: st4\nmodel: m.onnx\ncameras: {top: {source: 'usb:0', trigger: {kind: plc}}}",
+            "trigger kind plc is not built yet",
+        ),
+        (
+            "station: a/b\nmodel: m.onnx\ncameras: {top: {source: x}}",
+            "line.yaml:1 station is a/b, expected text that should match pattern",
+        ),
+        ("station: st4\ncameras: {top: {source: x}}", "model is missing: camera top has none of its own"),
+        ("station: st4\nmodel: m.onnx\ncameras: {}", "cameras is {}"),
+        ("station: st4\nmodel: m.onnx", "cameras is missing, expected at least one camera"),
+        ("station: st4\nmodel: m.onnx\ncameras: {to p: {source: x}}", "cameras.to p is not a usable name"),
+        (MINIMAL + "mqtt: {host: 'a b'}", "expected a host name or an IP address"),
+        (MINIMAL + f"mqtt: {{host: {'x' * 70}.example}}", "expected a host name or an IP address"),
+        (MINIMAL + "mqtt: {host: h, tls: {cert: a.pem}}", "expected cert and key together"),
+        (MINIMAL + "mqtt: {host: h, prot: 1}", "line.yaml:4 mqtt.prot is not a known setting, did you mean 'port'?"),
+        (
+            MINIMAL + "verdicts: {clusters: {scratch: rejekt}}",
+            "verdicts.clusters.scratch is rejekt, expected 'pass', 'review' or 'reject', did you mean 'reject'?",
+        ),
+    ],
+)
 def test_what_cannot_work_or_is_not_built_is_refused_in_one_line(text: str, expected: str) -> None:
     assert expected in problem(text)
 

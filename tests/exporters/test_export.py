@@ -60,13 +60,27 @@ def test_the_file_speaks_contract_1(tiny_model_path: Path) -> None:
 def test_metadata_is_readable_and_complete(tiny_model_path: Path) -> None:
     props = session(tiny_model_path).get_modelmeta().custom_metadata_map
     values = {key: json.loads(props[key]) for key, is_json in METADATA.items() if is_json}
-    assert values["dkm.input"] == {"layout": "NHWC", "dtype": "uint8", "color": "bgr", "h": None, "w": None, "fit": "stretch", "roi": None, "frame": [32, 32]}
+    assert values["dkm.input"] == {
+        "layout": "NHWC",
+        "dtype": "uint8",
+        "color": "bgr",
+        "h": None,
+        "w": None,
+        "fit": "stretch",
+        "roi": None,
+        "frame": [32, 32],
+    }
     assert [c["id"] for c in values["dkm.clusters"]] == [0, 1, 2] and values["dkm.novelty"]["target_frr"] == 0.1
-    assert props["dkm.golden_sha256"] == hashlib.sha256(tiny_model_path.with_name("part.onnx.golden.npz").read_bytes()).hexdigest()
+    assert (
+        props["dkm.golden_sha256"]
+        == hashlib.sha256(tiny_model_path.with_name("part.onnx.golden.npz").read_bytes()).hexdigest()
+    )
     assert values["dkm.parity"]["max_abs"] < 1e-4 and sum(values["dkm.reference_hist"]["shares"]) == pytest.approx(1.0)
 
 
-def test_the_twelve_lines_of_the_readme_work(tiny_model_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_twelve_lines_of_the_readme_work(
+    tiny_model_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     import cv2
 
     cv2.imwrite(str(tmp_path / "part.png"), frame())
@@ -76,9 +90,15 @@ def test_the_twelve_lines_of_the_readme_work(tiny_model_path: Path, tmp_path: Pa
     image = cv2.imread(str(tmp_path / "part.png"))
     assert image is not None
     cid, score, novel = s.run(["cluster_id", "novelty_score", "is_novel"], {"image": image[None]})
-    assert names[int(cid[0])].startswith("cluster-") and float(score[0]) > 0 and bool(novel[0]) == (float(score[0]) > 1.0)
-    stricter = s.run(["is_novel"], {"image": image[None], "novelty_threshold": np.array([float(score[0]) / 2], np.float32)})[0]
-    laxer = s.run(["is_novel"], {"image": image[None], "novelty_threshold": np.array([float(score[0]) * 2], np.float32)})[0]
+    assert (
+        names[int(cid[0])].startswith("cluster-") and float(score[0]) > 0 and bool(novel[0]) == (float(score[0]) > 1.0)
+    )
+    stricter = s.run(
+        ["is_novel"], {"image": image[None], "novelty_threshold": np.array([float(score[0]) / 2], np.float32)}
+    )[0]
+    laxer = s.run(
+        ["is_novel"], {"image": image[None], "novelty_threshold": np.array([float(score[0]) * 2], np.float32)}
+    )[0]
     assert (bool(stricter[0]), bool(laxer[0])) == (True, False)
 
 
@@ -92,18 +112,31 @@ def test_a_dynamic_graph_takes_any_size_and_batch(tiny_model_path: Path) -> None
 def test_outputs_agree_with_each_other(tiny_model_path: Path) -> None:
     s = session(tiny_model_path)
     images = np.stack([frame(kind, seed) for seed in range(4) for kind in ("disc", "square", "bars")])
-    out = dict(zip([spec.name for spec in OUTPUTS], s.run([spec.name for spec in OUTPUTS], {"image": images}), strict=True))
-    assert np.array_equal(out["cluster_id"], out["distances"].argmin(1)) and np.allclose(out["distance"], out["distances"].min(1))
+    out = dict(
+        zip([spec.name for spec in OUTPUTS], s.run([spec.name for spec in OUTPUTS], {"image": images}), strict=True)
+    )
+    assert np.array_equal(out["cluster_id"], out["distances"].argmin(1)) and np.allclose(
+        out["distance"], out["distances"].min(1)
+    )
     assert np.array_equal(out["is_novel"], out["novelty_score"] > 1.0)
     assert ((out["p_value"] > 0) & (out["p_value"] <= 1)).all()
 
 
-def test_the_codebook_is_overridable_with_another_number_of_calibration_parts(tiny_model_path: Path, tiny_run_folder: Path) -> None:
+def test_the_codebook_is_overridable_with_another_number_of_calibration_parts(
+    tiny_model_path: Path, tiny_run_folder: Path
+) -> None:
     s = session(tiny_model_path)
     model = load_run(tiny_run_folder).model
-    values = {name: value.detach().numpy().copy() for name, value in FusedModel(model).overridable().items() if name != "novelty_threshold"}
+    values = {
+        name: value.detach().numpy().copy()
+        for name, value in FusedModel(model).overridable().items()
+        if name != "novelty_threshold"
+    }
     values["centroids"] = values["centroids"][::-1].copy()
-    values["cluster_mean"], values["cluster_radius"] = values["cluster_mean"][::-1].copy(), values["cluster_radius"][::-1].copy()
+    values["cluster_mean"], values["cluster_radius"] = (
+        values["cluster_mean"][::-1].copy(),
+        values["cluster_radius"][::-1].copy(),
+    )
     values["calibration"], values["calibration_weight"] = np.array([0.5], np.float32), np.array([1.0], np.float32)
     image = frame()[None]
     base = s.run(["cluster_id", "novelty_score"], {"image": image})
@@ -113,10 +146,16 @@ def test_the_codebook_is_overridable_with_another_number_of_calibration_parts(ti
     assert set(values) == {spec.name for spec in CODEBOOK}
 
 
-def test_ties_go_to_the_lowest_id_and_a_frame_on_a_centroid_has_distance_zero(tiny_model_path: Path, tiny_run_folder: Path) -> None:
+def test_ties_go_to_the_lowest_id_and_a_frame_on_a_centroid_has_distance_zero(
+    tiny_model_path: Path, tiny_run_folder: Path
+) -> None:
     s = session(tiny_model_path)
     model = load_run(tiny_run_folder).model
-    values = {name: value.detach().numpy().copy() for name, value in FusedModel(model).overridable().items() if name != "novelty_threshold"}
+    values = {
+        name: value.detach().numpy().copy()
+        for name, value in FusedModel(model).overridable().items()
+        if name != "novelty_threshold"
+    }
     image = frame()[None]
     embedding = s.run(["embedding"], {"image": image})[0][0]
     for key in ("centroids", "cluster_mean"):
@@ -125,17 +164,39 @@ def test_ties_go_to_the_lowest_id_and_a_frame_on_a_centroid_has_distance_zero(ti
     assert int(out[0][0]) == 1 and float(out[1][0]) == 0.0 and float(out[2][0]) == 0.0
 
 
-@pytest.mark.parametrize(("name", "changes"), [
-    ("pad", {"preprocess": "preprocess: {height_px: 24, width_px: 32, fit: pad}"}),
-    ("crop", {"preprocess": "preprocess: {height_px: 16, width_px: 24, fit: crop, color: gray}"}),
-    ("linear", {"preprocess": "preprocess: {height_px: 24, width_px: 24, antialias: false}"}),
-    ("none", {"preprocess": "preprocess: {resize: none, normalise: rms}"}),
-    ("matmul", {"preprocess": "preprocess: {height_px: 24, width_px: 24, resize: matmul}"}),
-    ("conv_l2", {"encoder": "encoder: {name: conv, channels: [4, 8, 8], dim: 8}\nprojection: {kind: pca, dim: 4, sqrt: true, l2: true}"}),
-    ("resnet", {"encoder": "encoder: {name: resnet}\nprojection: {kind: within, dim: 6}", "pretrain": "pretrain: {kind: none}"}),
-    ("k1_d1", {"encoder": "encoder: {name: mlp, hidden: [8], dim: 1}", "method": "method: {name: ae_kmeans, n_clusters: 1}"}),
-])
-def test_every_mode_is_exported_with_pytorch_and_onnxruntime_in_agreement(name: str, changes: dict[str, str], image_folder: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("name", "changes"),
+    [
+        ("pad", {"preprocess": "preprocess: {height_px: 24, width_px: 32, fit: pad}"}),
+        ("crop", {"preprocess": "preprocess: {height_px: 16, width_px: 24, fit: crop, color: gray}"}),
+        ("linear", {"preprocess": "preprocess: {height_px: 24, width_px: 24, antialias: false}"}),
+        ("none", {"preprocess": "preprocess: {resize: none, normalise: rms}"}),
+        ("matmul", {"preprocess": "preprocess: {height_px: 24, width_px: 24, resize: matmul}"}),
+        (
+            "conv_l2",
+            {
+                "encoder": "encoder: {name: conv, channels: [4, 8, 8], dim: 8}\nprojection: {kind: pca, dim: 4, sqrt: true, l2: true}"
+            },
+        ),
+        (
+            "resnet",
+            {
+                "encoder": "encoder: {name: resnet}\nprojection: {kind: within, dim: 6}",
+                "pretrain": "pretrain: {kind: none}",
+            },
+        ),
+        (
+            "k1_d1",
+            {
+                "encoder": "encoder: {name: mlp, hidden: [8], dim: 1}",
+                "method": "method: {name: ae_kmeans, n_clusters: 1}",
+            },
+        ),
+    ],
+)
+def test_every_mode_is_exported_with_pytorch_and_onnxruntime_in_agreement(
+    name: str, changes: dict[str, str], image_folder: Path, tmp_path: Path
+) -> None:
     run = fitted(image_folder, tmp_path / "run", **changes)
     exported = export_run(load_run(tmp_path / "run"), tmp_path / "part.onnx")
     assert exported.parity.max_score_difference < 1e-4
@@ -151,7 +212,9 @@ def test_a_fixed_frame_size_is_written_into_the_graph(tiny_run_folder: Path, tmp
     assert session(tmp_path / "part.onnx").get_inputs()[0].shape == ["N", 32, 32, 3]
 
 
-def test_a_frame_size_that_no_training_image_has_cannot_be_proven_and_is_not_written(tiny_run_folder: Path, tmp_path: Path) -> None:
+def test_a_frame_size_that_no_training_image_has_cannot_be_proven_and_is_not_written(
+    tiny_run_folder: Path, tmp_path: Path
+) -> None:
     with pytest.raises(ExportError, match="has the size 64x48 of the graph"):
         export_run(load_run(tiny_run_folder), tmp_path / "part.onnx", ExportOptions(frame=(48, 64)))
     assert list(tmp_path.iterdir()) == []
@@ -163,8 +226,14 @@ def test_a_profile_that_cannot_run_the_resize_mode_is_refused(tiny_run_folder: P
         export_run(load_run(tiny_run_folder), tmp_path / "part.onnx", ExportOptions(profile=profile))
 
 
-def test_a_profile_that_needs_a_fixed_frame_gets_the_size_of_the_training_images(tiny_run_folder: Path, tmp_path: Path) -> None:
-    export_run(load_run(tiny_run_folder), tmp_path / "part.onnx", ExportOptions(profile=DeviceProfile(title="engine", fixed_frame=True)))
+def test_a_profile_that_needs_a_fixed_frame_gets_the_size_of_the_training_images(
+    tiny_run_folder: Path, tmp_path: Path
+) -> None:
+    export_run(
+        load_run(tiny_run_folder),
+        tmp_path / "part.onnx",
+        ExportOptions(profile=DeviceProfile(title="engine", fixed_frame=True)),
+    )
     assert session(tmp_path / "part.onnx").get_inputs()[0].shape == ["N", 32, 32, 3]
 
 
@@ -175,7 +244,9 @@ def test_clusters_marked_reject_are_left_out_of_the_calibration(copied_run: Path
     assert after.rejected == ["scratch"] and after.novelty["n_calib"] < before.novelty["n_calib"]
     with Inspector(tmp_path / "b.onnx") as inspector:
         assert (inspector.metadata.clusters[1].name, inspector.metadata.clusters[1].verdict) == ("scratch", "reject")
-    (copied_run / "labels.yaml").write_text("clusters: {0: {verdict: reject}, 1: {verdict: reject}, 2: {verdict: reject}}")
+    (copied_run / "labels.yaml").write_text(
+        "clusters: {0: {verdict: reject}, 1: {verdict: reject}, 2: {verdict: reject}}"
+    )
     with pytest.raises(Exception, match="at least one cluster must be good"):
         export_run(load_run(copied_run), tmp_path / "c.onnx")
 
@@ -215,5 +286,7 @@ def test_many_centroids_use_the_matrix_product_and_stay_exact(tiny_run_folder: P
     s = ort.InferenceSession(proto.SerializeToString(), options, providers=["CPUExecutionProvider"])
     image: Any = frame()[None]
     distances, embedding = s.run(["distances", "embedding"], {"image": image})
-    exact = np.linalg.norm(embedding[0].astype(np.float64) - model.centroids.detach().numpy().astype(np.float64), axis=1)
+    exact = np.linalg.norm(
+        embedding[0].astype(np.float64) - model.centroids.detach().numpy().astype(np.float64), axis=1
+    )
     assert np.isfinite(distances).all() and np.abs(distances[0] - exact).max() < 1e-3 * exact.max()

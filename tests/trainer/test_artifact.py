@@ -11,17 +11,29 @@ from trainer.errors import ArtifactError
 
 
 def test_names_and_verdicts_of_labels_yaml_reach_the_cluster_table(copied_run: Path) -> None:
-    (copied_run / "labels.yaml").write_text("clusters:\n  0: {name: 왼쪽 긁힘, verdict: reject}\n  2: {verdict: review}\n", encoding="utf-8")
+    (copied_run / "labels.yaml").write_text(
+        "clusters:\n  0: {name: 왼쪽 긁힘, verdict: reject}\n  2: {verdict: review}\n", encoding="utf-8"
+    )
     rows = load_run(copied_run).clusters
-    assert [(row["name"], row.get("verdict")) for row in rows] == [("왼쪽 긁힘", "reject"), ("cluster-1", None), ("cluster-2", "review")]
+    assert [(row["name"], row.get("verdict")) for row in rows] == [
+        ("왼쪽 긁힘", "reject"),
+        ("cluster-1", None),
+        ("cluster-2", "review"),
+    ]
 
 
-@pytest.mark.parametrize(("text", "message"), [
-    ("clusters: {7: {name: x}}", r"labels\.yaml clusters\.7: there is no such cluster, expected 0 to 2"),
-    ("clusters:\n  0: {name: a}\n  1: {name: a}", "gives the name 'a' to two clusters"),
-    ("clusters:\n  0: {verdict: ok}", r"labels\.yaml:2 clusters\.0\.verdict is ok, expected 'pass', 'review' or 'reject'"),
-    ("cluster: {}", r"cluster is not a known setting, did you mean 'clusters'\?"),
-])
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("clusters: {7: {name: x}}", r"labels\.yaml clusters\.7: there is no such cluster, expected 0 to 2"),
+        ("clusters:\n  0: {name: a}\n  1: {name: a}", "gives the name 'a' to two clusters"),
+        (
+            "clusters:\n  0: {verdict: ok}",
+            r"labels\.yaml:2 clusters\.0\.verdict is ok, expected 'pass', 'review' or 'reject'",
+        ),
+        ("cluster: {}", r"cluster is not a known setting, did you mean 'clusters'\?"),
+    ],
+)
 def test_a_wrong_labels_file_is_one_line(copied_run: Path, text: str, message: str) -> None:
     (copied_run / "labels.yaml").write_text(text)
     with pytest.raises(ConfigError, match=message):

@@ -18,7 +18,7 @@ def test_q_and_p_by_hand() -> None:
 def test_frequencies_weigh_crowded_clusters_down() -> None:
     q = torch.tensor([[0.9, 0.1], [0.9, 0.1], [0.6, 0.4]])
     p = target_distribution(q)
-    assert float(p[2, 1]) > 0.4     # cluster 1 has f = .6 against 2.4
+    assert float(p[2, 1]) > 0.4  # cluster 1 has f = .6 against 2.4
 
 
 def test_rows_sum_to_one_and_argmax_q_is_the_nearest_centroid() -> None:
@@ -49,7 +49,7 @@ def test_gradient_equals_the_papers_equations(t_dof: float) -> None:
     p = target_distribution(log_q.exp())
     torch.nn.functional.kl_div(log_q, p, reduction="sum").backward()
     with torch.no_grad():
-        pull = ((t_dof + 1) / t_dof) * (p - log_q.exp()) / (1 + d2 / t_dof)             # (B, K)
+        pull = ((t_dof + 1) / t_dof) * (p - log_q.exp()) / (1 + d2 / t_dof)  # (B, K)
         difference = z[:, None] - mu[None]
-        assert torch.allclose(z.grad, (pull[..., None] * difference).sum(1), atol=1e-9)     # type: ignore[arg-type]
-        assert torch.allclose(mu.grad, -(pull[..., None] * difference).sum(0), atol=1e-9)   # type: ignore[arg-type]
+        assert torch.allclose(z.grad, (pull[..., None] * difference).sum(1), atol=1e-9)  # type: ignore[arg-type]
+        assert torch.allclose(mu.grad, -(pull[..., None] * difference).sum(0), atol=1e-9)  # type: ignore[arg-type]

@@ -13,8 +13,9 @@ from tests.waiting import wait_until
 from trainer.cli import main
 
 
-def test_fit_evaluate_predict_and_report_work_from_the_command_line(tiny_settings_text: str, image_folder: Path, tmp_path: Path,
-                                                                    capsys: pytest.CaptureFixture[str]) -> None:
+def test_fit_evaluate_predict_and_report_work_from_the_command_line(
+    tiny_settings_text: str, image_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     config = tmp_path / "tiny.yaml"
     config.write_text(tiny_settings_text)
     assert main(["fit", str(config), "--out", str(tmp_path / "run"), "--set", "train.seed=3"]) == 0
@@ -28,25 +29,39 @@ def test_fit_evaluate_predict_and_report_work_from_the_command_line(tiny_setting
     assert json.loads((tmp_path / "run" / "model.json").read_text())["train"]["seed"] == 3
 
 
-def test_too_few_groups_for_the_target_are_said_loudly(tiny_settings_text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_too_few_groups_for_the_target_are_said_loudly(
+    tiny_settings_text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     config = tmp_path / "tiny.yaml"
     config.write_text(tiny_settings_text)
     assert main(["fit", str(config), "--out", str(tmp_path / "run"), "--set", "novelty.target_frr=0.01"]) == 0
-    assert "WARNING: 18 groups cannot promise the target of 1.00% (that needs 99); at most 5.26% of good parts" in capsys.readouterr().out
+    assert (
+        "WARNING: 18 groups cannot promise the target of 1.00% (that needs 99); at most 5.26% of good parts"
+        in capsys.readouterr().out
+    )
 
 
-@pytest.mark.parametrize(("arguments", "code", "text"), [
-    (["fit", "no-such-settings"], 2, "no such settings file"),
-    (["fit", "x_sdd_ae_kmeans", "--set", "data.path=/nowhere"], 2, "/nowhere, which does not exist"),
-    (["fit", "x_sdd_ae_kmeans", "--set", "method.n_cluster=3"], 2, "did you mean 'n_clusters'"),
-    (["scan", "/nowhere"], 2, "does not exist"),
-    (["evaluate", "/nowhere", "/nowhere"], 3, "no such run folder"),
-    (["predict", "/nowhere", "/nowhere"], 3, "no such run folder"),
-    (["report", "/nowhere"], 3, "no such run folder"),
-    (["select-k", "x"], 2, "select-k is not built yet"),
-])
-def test_each_mistake_is_one_line_and_its_exit_code(arguments: list[str], code: int, text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
-                                                    capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(
+    ("arguments", "code", "text"),
+    [
+        (["fit", "no-such-settings"], 2, "no such settings file"),
+        (["fit", "x_sdd_ae_kmeans", "--set", "data.path=/nowhere"], 2, "/nowhere, which does not exist"),
+        (["fit", "x_sdd_ae_kmeans", "--set", "method.n_cluster=3"], 2, "did you mean 'n_clusters'"),
+        (["scan", "/nowhere"], 2, "does not exist"),
+        (["evaluate", "/nowhere", "/nowhere"], 3, "no such run folder"),
+        (["predict", "/nowhere", "/nowhere"], 3, "no such run folder"),
+        (["report", "/nowhere"], 3, "no such run folder"),
+        (["select-k", "x"], 2, "select-k is not built yet"),
+    ],
+)
+def test_each_mistake_is_one_line_and_its_exit_code(
+    arguments: list[str],
+    code: int,
+    text: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     monkeypatch.chdir(tmp_path)
     try:
         assert main(arguments) == code
@@ -57,7 +72,9 @@ def test_each_mistake_is_one_line_and_its_exit_code(arguments: list[str], code: 
     assert len(lines) == 1 and text in lines[0] and "Traceback" not in error
 
 
-def test_export_refuses_what_is_not_built_and_what_is_no_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_export_refuses_what_is_not_built_and_what_is_no_run(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert export_main([str(tmp_path), "-o", str(tmp_path / "a.onnx"), "--int8"]) == 2
     assert export_main([str(tmp_path / "nope"), "-o", str(tmp_path / "a.onnx")]) == 3
     assert capsys.readouterr().err.count("\n") == 2
@@ -73,7 +90,11 @@ def test_methods_lists_every_method(capsys: pytest.CaptureFixture[str]) -> None:
 def test_ctrl_c_saves_and_says_how_to_go_on(tiny_settings_text: str, tmp_path: Path) -> None:
     config = tmp_path / "long.yaml"
     config.write_text(tiny_settings_text.replace("epochs: 3", "epochs: 100000"))
-    process = subprocess.Popen([sys.executable, "-m", "trainer", "fit", str(config), "--out", str(tmp_path / "run")], stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        [sys.executable, "-m", "trainer", "fit", str(config), "--out", str(tmp_path / "run")],
+        stderr=subprocess.PIPE,
+        text=True,
+    )
     metrics = tmp_path / "run" / "metrics.jsonl"
     wait_until(lambda: metrics.exists() and metrics.stat().st_size > 0, timeout_s=60)
     process.send_signal(signal.SIGINT)

@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 
 from tests.images import draw, write_png
-from trainer.data import Dataset, DataSettings, load_dataset, open_images
+from trainer.data import Dataset, load_dataset
 from trainer.errors import DataError
+from trainer.images import DataSettings, open_images
 from trainer.preprocess import PreprocessSettings
 
 
@@ -117,7 +118,11 @@ def test_a_list_file_names_images_labels_and_groups(tmp_path: Path) -> None:
     listing = tmp_path / "list.csv"
     listing.write_text("label,file,group\nok,images/a.png,7\nbad,images/b.png,7\n")
     data = load(listing)
-    assert data.names == ["images/a.png", "images/b.png"] and data.classes == ["bad", "ok"] and data.groups.tolist() == [0, 0]
+    assert (
+        data.names == ["images/a.png", "images/b.png"]
+        and data.classes == ["bad", "ok"]
+        and data.groups.tolist() == [0, 0]
+    )
     listing = tmp_path / "list.txt"
     listing.write_text("# a comment\nimages/a.png\nimages/b.png\n")
     assert load(listing).labels is None
@@ -161,7 +166,8 @@ def test_a_record_folder_brings_roi_frame_size_and_groups(tmp_path: Path) -> Non
         write_png(tmp_path / f"{n}.png", picture(n))
     (tmp_path / "index.csv").write_text(
         "file,camera,ts,group,result_id,cluster,novelty_score,verdict,roi,frame\n"
-        "0.png,top,t,1,,,,,10 20 32 32,640x480\n1.png,top,t,1,,,,,10 20 32 32,640x480\n2.png,top,t,2,,,,,10 20 32 32,640x480\n")
+        "0.png,top,t,1,,,,,10 20 32 32,640x480\n1.png,top,t,1,,,,,10 20 32 32,640x480\n2.png,top,t,2,,,,,10 20 32 32,640x480\n"
+    )
     data = load(tmp_path)
     assert (data.roi, data.frame) == ((10, 20, 32, 32), (640, 480))
     assert data.groups.tolist() == [0, 0, 1]

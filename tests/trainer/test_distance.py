@@ -17,7 +17,7 @@ def test_the_matmul_form_agrees_with_the_direct_one_and_never_goes_negative() ->
     assert float(matmul.min()) >= 0.0 and torch.isfinite(matmul.sqrt()).all()
     assert float((direct - matmul).abs().max() / direct.max()) < 1e-4
     uncentred = z.square().sum(1, keepdim=True) - 2 * z @ z.T + z.square().sum(1)
-    assert float(uncentred.diagonal().min()) < 0.0      # what the clamp and the centring are for
+    assert float(uncentred.diagonal().min()) < 0.0  # what the clamp and the centring are for
 
 
 def test_ties_go_to_the_lowest_index() -> None:

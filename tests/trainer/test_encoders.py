@@ -17,14 +17,20 @@ WEIGHTS = Path("../shared/weights/squeezenet1_0-imagenet.safetensors")
 
 
 def build(name: str, shape: tuple[int, int, int]) -> Encoder:
-    settings = {"mlp": MLPSettings(hidden=(16,), dim=5), "conv": ConvSettings(dim=5), "resnet": ResNetSettings(dim=5),
-                "pretrained": PretrainedSettings(weights="")}
+    settings = {
+        "mlp": MLPSettings(hidden=(16,), dim=5),
+        "conv": ConvSettings(dim=5),
+        "resnet": ResNetSettings(dim=5),
+        "pretrained": PretrainedSettings(weights=""),
+    }
     return ENCODERS[name](settings[name], shape)
 
 
 @pytest.mark.parametrize("name", list(ENCODERS))
 @pytest.mark.parametrize("shape", [(3, 40, 56), (1, 33, 35)])
-def test_features_have_the_announced_size_and_the_decoder_restores_the_shape(name: str, shape: tuple[int, int, int]) -> None:
+def test_features_have_the_announced_size_and_the_decoder_restores_the_shape(
+    name: str, shape: tuple[int, int, int]
+) -> None:
     encoder = build(name, shape).eval()
     x = torch.randn(2, *shape)
     features = encoder(x)
@@ -72,8 +78,13 @@ def test_weights_for_rgb_are_turned_for_bgr_frames(tmp_path: Path) -> None:
     assert torch.allclose(loaded(x.flip(1)), reference(x), atol=1e-5)
 
 
-@pytest.mark.parametrize(("change", "message"), [("drop", "key 'bn1.bias' is missing for"), ("add", "key 'extra' is not one of"), ("shape", "has the shape")])
-def test_weights_of_another_network_are_refused_with_the_first_differing_key(tmp_path: Path, change: str, message: str) -> None:
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [("drop", "key 'bn1.bias' is missing for"), ("add", "key 'extra' is not one of"), ("shape", "has the shape")],
+)
+def test_weights_of_another_network_are_refused_with_the_first_differing_key(
+    tmp_path: Path, change: str, message: str
+) -> None:
     tensors = {k: v.clone() for k, v in build("resnet", (3, 32, 32)).state_dict().items() if not k.startswith("embed")}
     if change == "drop":
         del tensors["bn1.bias"]
@@ -92,7 +103,9 @@ def test_a_missing_weights_file_is_never_downloaded_but_named(tmp_path: Path) ->
         encoder.load_pretrained()
     (tmp_path / "page.safetensors").write_text("<html>")
     with pytest.raises(DataError, match="no safetensors file"):
-        ENCODERS["pretrained"](PretrainedSettings(weights=str(tmp_path / "page.safetensors")), (3, 32, 32)).load_pretrained()
+        ENCODERS["pretrained"](
+            PretrainedSettings(weights=str(tmp_path / "page.safetensors")), (3, 32, 32)
+        ).load_pretrained()
 
 
 def test_an_unknown_layer_lists_the_known_ones() -> None:

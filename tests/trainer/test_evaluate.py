@@ -25,7 +25,9 @@ def test_images_are_linked_into_a_folder_per_cluster(tiny_run_folder: Path, imag
     assert one.stat().st_nlink >= 2
 
 
-def test_images_are_copied_where_links_are_impossible(tiny_run_folder: Path, image_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_images_are_copied_where_links_are_impossible(
+    tiny_run_folder: Path, image_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     rows = predict(load_run(tiny_run_folder), str(image_folder))[:3]
 
     def refuse(*_: object) -> None:

@@ -32,7 +32,9 @@ train: {{batch_size: 16, device: cpu, checkpoint_every_s: 0}}
 """
 
 
-DEC_METHOD = "{name: dec, n_clusters: 3, n_init: 3, epochs: 3, tol: 0, refresh_steps: 1, optimizer: {kind: adam, lr: 0.001}}"
+DEC_METHOD = (
+    "{name: dec, n_clusters: 3, n_init: 3, epochs: 3, tol: 0, refresh_steps: 1, optimizer: {kind: adam, lr: 0.001}}"
+)
 
 
 def dec(path: Path, **changes: Any) -> TrainSettings:
@@ -74,7 +76,10 @@ def test_an_interrupted_run_is_not_overwritten_by_accident(image_folder: Path, t
     with pytest.raises(DataError, match="--resume continues it"):
         fit(dec(image_folder), FitOptions(out=tmp_path))
     with pytest.raises(ArtifactError, match="other settings"):
-        fit(dec(image_folder, train=dec(image_folder).train.model_copy(update={"seed": 9})), FitOptions(out=tmp_path, resume=True))
+        fit(
+            dec(image_folder, train=dec(image_folder).train.model_copy(update={"seed": 9})),
+            FitOptions(out=tmp_path, resume=True),
+        )
     with pytest.raises(ArtifactError, match=r"unfinished run; .* --resume"):
         load_run(tmp_path)
 
@@ -114,12 +119,24 @@ def test_fitting_works_outside_the_main_thread(image_folder: Path, tmp_path: Pat
 
 def test_the_run_folder_holds_what_the_contract_lists(tiny_run_folder: Path) -> None:
     names = {path.name for path in tiny_run_folder.iterdir()}
-    assert names >= {"config.yaml", "encoder.safetensors", "model.json", "codebook.safetensors", "metrics.jsonl", "checkpoints", "report.html", "labels.yaml",
-                     "assignments.csv", "golden"}
+    assert names >= {
+        "config.yaml",
+        "encoder.safetensors",
+        "model.json",
+        "codebook.safetensors",
+        "metrics.jsonl",
+        "checkpoints",
+        "report.html",
+        "labels.yaml",
+        "assignments.csv",
+        "golden",
+    }
     info = json.loads((tiny_run_folder / "model.json").read_text())
     assert info["schema"] == "dkm.run/1" and len(info["train"]["manifest_sha256"]) == 64
     assert set(info["clusters"][0]) == {"id", "name", "n", "radius", "q50", "q99"}
-    assert [json.loads(line)["stage"] for line in (tiny_run_folder / "metrics.jsonl").read_text().splitlines()] == ["reconstruct"] * 3
+    assert [json.loads(line)["stage"] for line in (tiny_run_folder / "metrics.jsonl").read_text().splitlines()] == [
+        "reconstruct"
+    ] * 3
     assert not (tiny_run_folder / "checkpoints" / NAME).exists()
 
 
@@ -142,8 +159,10 @@ def test_a_loaded_run_predicts_and_transforms_like_the_fitted_one(image_folder: 
 
 def test_dec_moves_encoder_and_centroids_away_from_the_control(image_folder: Path, tmp_path: Path) -> None:
     text = DEC.format(path=image_folder)
-    control = fit(load_text(TrainSettings, text.replace(DEC_METHOD, "{name: ae_kmeans, n_clusters: 3, n_init: 3}"), "a.yaml"),
-                  FitOptions(out=tmp_path / "control"))
+    control = fit(
+        load_text(TrainSettings, text.replace(DEC_METHOD, "{name: ae_kmeans, n_clusters: 3, n_init: 3}"), "a.yaml"),
+        FitOptions(out=tmp_path / "control"),
+    )
     trained = fit(dec(image_folder), FitOptions(out=tmp_path / "dec"))
     assert float((control.model.centroids - trained.model.centroids).detach().abs().max()) > 1e-4
     before, after = (run.model.encoder.layers[0].weight for run in (control, trained))  # type: ignore[index, union-attr]
@@ -154,16 +173,22 @@ def test_dec_stops_when_hardly_any_label_changes(image_folder: Path, tmp_path: P
     settings = dec(image_folder)
     method = settings.method.model_copy(update={"epochs": 50, "tol": 0.05})
     fit(settings.model_copy(update={"method": method}), FitOptions(out=tmp_path))
-    epochs = [row for row in map(json.loads, (tmp_path / "metrics.jsonl").read_text().splitlines()) if row["stage"] == "dec"]
+    epochs = [
+        row for row in map(json.loads, (tmp_path / "metrics.jsonl").read_text().splitlines()) if row["stage"] == "dec"
+    ]
     assert 3 <= len(epochs) < 50 and epochs[-1]["churn"] < 0.05
 
 
-def test_layerwise_pretraining_runs_one_stage_per_layer_and_lowers_the_error(image_folder: Path, tmp_path: Path) -> None:
+def test_layerwise_pretraining_runs_one_stage_per_layer_and_lowers_the_error(
+    image_folder: Path, tmp_path: Path
+) -> None:
     settings = dec(image_folder)
     pretrain = settings.pretrain.model_copy(update={"kind": "layerwise", "layer_epochs": 8, "epochs": 20})
     fit(settings.model_copy(update={"pretrain": pretrain}), FitOptions(out=tmp_path))
     rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
-    losses = {stage: [row["loss"] for row in rows if row["stage"] == stage] for stage in ("layer1", "layer2", "reconstruct")}
+    losses = {
+        stage: [row["loss"] for row in rows if row["stage"] == stage] for stage in ("layer1", "layer2", "reconstruct")
+    }
     assert all(series[-1] < series[0] for series in losses.values())
 
 
@@ -188,10 +213,14 @@ def test_one_image_and_one_cluster_train(tmp_path: Path) -> None:
     assert run.model.predict([draw("disc", np.random.default_rng(1))]).tolist() == [0]
 
 
-def test_a_diverging_loss_stops_with_the_guards_name_and_keeps_the_last_good_checkpoint(image_folder: Path, tmp_path: Path) -> None:
+def test_a_diverging_loss_stops_with_the_guards_name_and_keeps_the_last_good_checkpoint(
+    image_folder: Path, tmp_path: Path
+) -> None:
     settings = dec(image_folder)
     optimizer = settings.pretrain.optimizer.model_copy(update={"kind": "sgd", "lr": 1e12})
-    broken = settings.model_copy(update={"method": settings.method.model_copy(update={"optimizer": optimizer, "epochs": 5})})
+    broken = settings.model_copy(
+        update={"method": settings.method.model_copy(update={"optimizer": optimizer, "epochs": 5})}
+    )
     with pytest.raises(CollapseError, match="guard"):
         fit(broken, FitOptions(out=tmp_path))
     from safetensors.torch import load_file
@@ -205,7 +234,10 @@ def test_cuda_that_is_not_there_is_an_error_and_not_a_slow_run(image_folder: Pat
         pytest.skip("there is a CUDA device")
     settings = dec(image_folder)
     with pytest.raises(DataError, match=r"train\.device is cuda, but"):
-        fit(settings.model_copy(update={"train": settings.train.model_copy(update={"device": "cuda"})}), FitOptions(out=tmp_path))
+        fit(
+            settings.model_copy(update={"train": settings.train.model_copy(update={"device": "cuda"})}),
+            FitOptions(out=tmp_path),
+        )
 
 
 def test_skipped_images_are_said_while_training(image_folder: Path, tmp_path: Path) -> None:

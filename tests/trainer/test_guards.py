@@ -23,7 +23,7 @@ def test_effective_number_is_one_when_everything_is_in_one_cluster() -> None:
     assert float(effective_number(torch.tensor([[1.0, 0.0], [1.0, 0.0]]))) == pytest.approx(1.0)
 
 
-def fails(guard: str, q: torch.Tensor, z: torch.Tensor, mu: torch.Tensor, spread: float = 1.0, times: int = 1) -> None:
+def assert_stopped_by(guard: str, q: torch.Tensor, z: torch.Tensor, mu: torch.Tensor, spread: float = 1.0, times: int = 1) -> None:
     watch = ClusterGuard(len(mu), spread)
     for _ in range(times - 1):
         watch.figures(q, z, mu)
@@ -35,19 +35,19 @@ def test_each_guard_speaks_for_its_own_collapse() -> None:
     q, z, mu = healthy()
     one = torch.full_like(q, 0.01)
     one[:, 0] = 0.97
-    fails("guard n_eff", one, z, mu)
-    fails("guard spread", q, z, mu, spread=1e4)
-    fails("guard nan", q * float("nan"), z, mu)
+    assert_stopped_by("guard n_eff", one, z, mu)
+    assert_stopped_by("guard spread", q, z, mu, spread=1e4)
+    assert_stopped_by("guard nan", q * float("nan"), z, mu)
     same = mu.clone()
     same[1] = same[0] + 1e-5
-    fails("guard centres", q, z, same)
+    assert_stopped_by("guard centres", q, z, same)
 
 
 def test_an_empty_cluster_is_tolerated_twice_and_not_a_third_time() -> None:
     q, z, mu = healthy()
     q = torch.cat([q[:, :3] + 0.01, torch.full((40, 1), 0.005)], 1)
-    q[:, 3] = q[:, :3].max(1).values - 1e-3        # used on average, nearest to nobody
-    fails("guard empty", q / q.sum(1, keepdim=True), z, mu, times=3)
+    q[:, 3] = q[:, :3].max(1).values - 1e-3  # used on average, nearest to nobody
+    assert_stopped_by("guard empty", q / q.sum(1, keepdim=True), z, mu, times=3)
 
 
 def test_a_loss_that_is_not_finite_names_stage_and_epoch() -> None:

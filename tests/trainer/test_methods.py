@@ -1,4 +1,5 @@
 """One contract for every method: fit tiny, predict, export, the same ids in onnxruntime. New methods are found here by themselves."""
+
 from __future__ import annotations
 
 from pathlib import Path
@@ -23,8 +24,13 @@ def images_of(folder: Path) -> list[np.ndarray]:
 
 
 def fitted(name: str, image_folder: Path, out: Path, device: str = "cpu") -> Run:
-    text = TINY.format(path=image_folder).replace("{name: ae_kmeans, n_clusters: 3, n_init: 3}", EXTRA.get(name, f"{{name: {name}, n_clusters: 3}}"))
-    return fit(load_text(TrainSettings, text, f"{name}.yaml", None), FitOptions(out=out, overrides=()) if device == "cpu" else FitOptions(out=out))
+    text = TINY.format(path=image_folder).replace(
+        "{name: ae_kmeans, n_clusters: 3, n_init: 3}", EXTRA.get(name, f"{{name: {name}, n_clusters: 3}}")
+    )
+    return fit(
+        load_text(TrainSettings, text, f"{name}.yaml", None),
+        FitOptions(out=out, overrides=()) if device == "cpu" else FitOptions(out=out),
+    )
 
 
 @pytest.mark.parametrize("name", list(METHODS))
@@ -39,7 +45,12 @@ def test_ids_of_the_exported_graph_equal_predict(name: str, image_folder: Path, 
     with Inspector(path) as inspector:
         answers = [inspector.inspect(image) for image in images]
     assert [a.cluster.id for a in answers] == ids.tolist()
-    assert np.allclose([a.distance for a in answers], run.model.assign(run.model.embed_dataset(_pixels(run, images)))[1].numpy(), rtol=1e-4, atol=1e-4)
+    assert np.allclose(
+        [a.distance for a in answers],
+        run.model.assign(run.model.embed_dataset(_pixels(run, images)))[1].numpy(),
+        rtol=1e-4,
+        atol=1e-4,
+    )
 
 
 def _pixels(run: Run, images: list[np.ndarray]):  # type: ignore[no-untyped-def]
@@ -58,8 +69,11 @@ def test_the_same_seed_gives_equal_arrays(name: str, image_folder: Path, tmp_pat
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", list(METHODS))
 def test_a_run_of_a_gpu_gives_the_same_ids_on_a_cpu(name: str, image_folder: Path, tmp_path: Path) -> None:
-    text = TINY.format(path=image_folder).replace("device: cpu", "device: cuda").replace(
-        "{name: ae_kmeans, n_clusters: 3, n_init: 3}", EXTRA.get(name, f"{{name: {name}, n_clusters: 3}}"))
+    text = (
+        TINY.format(path=image_folder)
+        .replace("device: cpu", "device: cuda")
+        .replace("{name: ae_kmeans, n_clusters: 3, n_init: 3}", EXTRA.get(name, f"{{name: {name}, n_clusters: 3}}"))
+    )
     run = fit(load_text(TrainSettings, text, f"{name}.yaml"), FitOptions(out=tmp_path / "run"))
     images = images_of(image_folder)
     ids = run.model.predict(images)

@@ -77,14 +77,16 @@ def rejected_share(per_group: int, unit_weights: bool, seed: int) -> float:
 
     def draw(n_groups: int) -> tuple[np.ndarray, np.ndarray]:
         sizes = rng.integers(1, per_group + 1, n_groups)
-        offset = rng.normal(0, 1, n_groups) + 0.4 * sizes      # large groups are strange ones
+        offset = rng.normal(0, 1, n_groups) + 0.4 * sizes  # large groups are strange ones
         index = np.repeat(np.arange(n_groups), sizes)
         return (offset[index] + rng.normal(0, 0.5, len(index))).astype(np.float32), index
 
     misses = []
     for _ in range(400):
         scores, groups = draw(40)
-        scale = calibrate(scores, groups if unit_weights else np.arange(len(scores)), NoveltySettings(target_frr=0.1)).scale
+        scale = calibrate(
+            scores, groups if unit_weights else np.arange(len(scores)), NoveltySettings(target_frr=0.1)
+        ).scale
         new, index = draw(1)
         misses.append(float((new > scale).mean()) if len(index) else 0.0)
     return float(np.mean(misses))

@@ -17,12 +17,18 @@ def onnxruntime_resize(image: NDArray[np.uint8], height: int, width: int, antial
     if antialias:
         attributes |= {"antialias": 1, "exclude_outside": 1}
     node = helper.make_node("Resize", ["x", "", "", "sizes"], ["y"], **attributes)
-    graph = helper.make_graph([node], "g", [helper.make_tensor_value_info("x", TensorProto.UINT8, list(image.shape))],
-                              [helper.make_tensor_value_info("y", TensorProto.UINT8, None)],
-                              [helper.make_tensor("sizes", TensorProto.INT64, [4], [image.shape[0], height, width, 3])])
+    graph = helper.make_graph(
+        [node],
+        "g",
+        [helper.make_tensor_value_info("x", TensorProto.UINT8, list(image.shape))],
+        [helper.make_tensor_value_info("y", TensorProto.UINT8, None)],
+        [helper.make_tensor("sizes", TensorProto.INT64, [4], [image.shape[0], height, width, 3])],
+    )
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)])
     model.ir_version = 8
-    result: NDArray[np.uint8] = ort.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"]).run(None, {"x": image})[0]
+    result: NDArray[np.uint8] = ort.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"]).run(
+        None, {"x": image}
+    )[0]
     return result
 
 

@@ -58,7 +58,7 @@ def test_within_whitening_separates_what_full_whitening_mixes() -> None:
     assert agreement(fitted(features, kind="within", dim=40)) == 1.0
     z = fitted(features, kind="within", dim=40)(features)
     residual = torch.cat([z[kind == k] - z[kind == k].mean(0) for k in (0, 1)])
-    spread = residual.std(0)        # alike but for the shrinkage, from 2 : 0.2 before
+    spread = residual.std(0)  # alike but for the shrinkage, from 2 : 0.2 before
     assert float(spread.quantile(0.25)) > 0.8 and float(spread.max()) < 1.15
 
 

@@ -11,7 +11,9 @@ from trainer.splits import Shares, split_by_group
 
 def dataset(groups: list[int], good: list[bool] | None = None) -> Dataset:
     n = len(groups)
-    return Dataset(torch.zeros(n, 1, 1, 1), [None] * n, None, [], np.array(groups), np.array(good if good else [True] * n))  # type: ignore[list-item]
+    return Dataset(
+        torch.zeros(n, 1, 1, 1), [None] * n, None, [], np.array(groups), np.array(good if good else [True] * n)
+    )  # type: ignore[list-item]
 
 
 def test_no_group_is_in_two_splits_and_nothing_is_lost() -> None:

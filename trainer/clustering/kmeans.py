@@ -2,6 +2,7 @@
 
 Sources: Lloyd 1982; Arthur and Vassilvitskii, "k-means++", 2007 (greedy variant: the best of a few candidates, as scikit-learn does).
 """
+
 from __future__ import annotations
 
 import math
@@ -33,7 +34,9 @@ class KMeansOptions:
     tol: float = 1e-4
 
 
-def kmeans(z: Tensor, n_clusters: int, seed: int, options: KMeansOptions | None = None, init: Tensor | None = None) -> KMeansResult:
+def kmeans(
+    z: Tensor, n_clusters: int, seed: int, options: KMeansOptions | None = None, init: Tensor | None = None
+) -> KMeansResult:
     """Clusters z (N, D) into `n_clusters`.
 
     Args:
@@ -47,8 +50,10 @@ def kmeans(z: Tensor, n_clusters: int, seed: int, options: KMeansOptions | None 
     z = z.detach().float()
     distinct = len(torch.unique(z, dim=0)) if len(z) <= 20_000 else n_clusters
     if distinct < n_clusters:
-        raise DataError(f"method.n_clusters is {n_clusters}, but the {len(z)} images have only {distinct} different embeddings; "
-                        f"use fewer clusters or more images")
+        raise DataError(
+            f"method.n_clusters is {n_clusters}, but the {len(z)} images have only {distinct} different embeddings; "
+            f"use fewer clusters or more images"
+        )
     generator = torch.Generator().manual_seed(seed)
     starts = [init] if init is not None else (plus_plus(z, n_clusters, generator) for _ in range(options.n_init))
     results = (_lloyd(z, start.to(z), options) for start in starts)
@@ -62,8 +67,10 @@ def plus_plus(z: Tensor, n_clusters: int, generator: torch.Generator) -> Tensor:
     best = (z - z[chosen[0]]).square().sum(1)
     for _ in range(n_clusters - 1):
         cumulative = best.double().cumsum(0).cpu()
-        picks = torch.searchsorted(cumulative, torch.rand(candidates, generator=generator, dtype=torch.float64) * cumulative[-1]).clamp(max=n - 1)
-        d2 = torch.minimum(squared_distances_matmul(z[picks.to(z.device)], z, z.mean(0)), best)      # (candidates, N)
+        picks = torch.searchsorted(
+            cumulative, torch.rand(candidates, generator=generator, dtype=torch.float64) * cumulative[-1]
+        ).clamp(max=n - 1)
+        d2 = torch.minimum(squared_distances_matmul(z[picks.to(z.device)], z, z.mean(0)), best)  # (candidates, N)
         winner = int(d2.sum(1).argmin())
         chosen.append(int(picks[winner]))
         best = (z - z[chosen[-1]]).square().sum(1).minimum(best)

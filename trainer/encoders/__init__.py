@@ -1,4 +1,5 @@
 """Image encoders, one per file; `ENCODERS` maps the name in YAML to the class. Adding one: a file, and a line here."""
+
 from __future__ import annotations
 
 from trainer.encoders.base import Encoder

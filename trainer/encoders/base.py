@@ -1,4 +1,5 @@
 """What every encoder offers: features, and where it can be trained as an autoencoder, a decoder."""
+
 from __future__ import annotations
 
 from typing import ClassVar
@@ -7,7 +8,7 @@ from torch import Tensor, nn
 
 from configs import Settings
 
-Shape = tuple[int, int, int]        # C, H, W of the input
+Shape = tuple[int, int, int]  # C, H, W of the input
 
 
 class EncoderSettings(Settings):

@@ -3,6 +3,7 @@
 Source: Guo et al., "Deep Clustering with Convolutional Autoencoders" (DCEC), 2017: conv5/s2, conv5/s2, conv3/s2, linear.
 Differs from the paper: 'same' padding in all three layers, so that any height and width from 8 on works.
 """
+
 from __future__ import annotations
 
 from itertools import pairwise
@@ -34,12 +35,14 @@ class ConvEncoder(Encoder):
         super().__init__(settings, shape)
         channels, height, width = shape
         if min(height, width) < 8:
-            raise DataError(f"encoder conv halves the image three times, but its input is {width}x{height}, expected at least 8x8; use encoder mlp")
+            raise DataError(
+                f"encoder conv halves the image three times, but its input is {width}x{height}, expected at least 8x8; use encoder mlp"
+            )
         a, b, c = settings.channels
         self.conv1 = nn.Conv2d(channels, a, 5, stride=2, padding=2)
         self.conv2 = nn.Conv2d(a, b, 5, stride=2, padding=2)
         self.conv3 = nn.Conv2d(b, c, 3, stride=2, padding=1)
-        self.inner = (c, -(-height // 8), -(-width // 8))       # after three halvings, rounded up
+        self.inner = (c, -(-height // 8), -(-width // 8))  # after three halvings, rounded up
         self.out_dim = settings.dim
         self.linear = nn.Linear(self.inner[0] * self.inner[1] * self.inner[2], settings.dim)
 

@@ -3,6 +3,7 @@
 Source: Xie, Girshick, Farhadi 2016 (arXiv 1511.06335) section 4.3; ReLU everywhere except bottleneck and reconstruction.
 Differs from the paper: PyTorch's default initialisation (uniform, 1/sqrt(fan_in)) instead of N(0, 0.01^2).
 """
+
 from __future__ import annotations
 
 from itertools import pairwise
@@ -37,7 +38,7 @@ class MLPEncoder(Encoder):
         self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in self.widths)
 
     def forward(self, x: Tensor) -> Tensor:
-        h = x.flatten(1)        # (B, C*H*W)
+        h = x.flatten(1)  # (B, C*H*W)
         for layer in self.layers[:-1]:
             h = torch.relu(layer(h))
         return self.layers[-1](h)

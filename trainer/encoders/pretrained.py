@@ -3,6 +3,7 @@
 SqueezeNet 1.0 from a local file with torchvision's key names (Iandola et al. 2016, arXiv 1602.07360), or any timm network where
 timm is installed. Features are means (and standard deviations) over the image of one or several layers. No download ever happens.
 """
+
 from __future__ import annotations
 
 from typing import Literal
@@ -17,8 +18,16 @@ from trainer.errors import DataError
 
 STD_FLOOR = 1e-6
 # Position of each fire module in torchvision's `features`, and its output channels.
-FIRES = {"fire2": (3, 128), "fire3": (4, 128), "fire4": (5, 256), "fire5": (7, 256),
-         "fire6": (8, 384), "fire7": (9, 384), "fire8": (10, 512), "fire9": (12, 512)}
+FIRES = {
+    "fire2": (3, 128),
+    "fire3": (4, 128),
+    "fire4": (5, 256),
+    "fire5": (7, 256),
+    "fire6": (8, 384),
+    "fire7": (9, 384),
+    "fire8": (10, 512),
+    "fire9": (12, 512),
+}
 
 
 class PretrainedSettings(EncoderSettings):
@@ -26,7 +35,9 @@ class PretrainedSettings(EncoderSettings):
 
     name: Literal["pretrained"] = "pretrained"
     model: str = Field("squeezenet1_0", pattern=r"^(squeezenet1_0|timm:.+)$")
-    weights: str = Field(description="path of a local safetensors file (torchvision's keys for squeezenet1_0, timm's for timm)")
+    weights: str = Field(
+        description="path of a local safetensors file (torchvision's keys for squeezenet1_0, timm's for timm)"
+    )
     layers: tuple[str, ...] = ("fire4", "fire8", "fire9")
     pool: Literal["mean", "mean_std"] = "mean"
     trainable: bool = False
@@ -53,8 +64,20 @@ class SqueezeNet(nn.Module):
         super().__init__()
         pool = nn.MaxPool2d(3, 2, ceil_mode=True)
         self.features = nn.Sequential(
-            nn.Conv2d(channels, 96, 7, 2), nn.ReLU(), pool, Fire(96, 16, 64), Fire(128, 16, 64), Fire(128, 32, 128), pool,
-            Fire(256, 32, 128), Fire(256, 48, 192), Fire(384, 48, 192), Fire(384, 64, 256), pool, Fire(512, 64, 256))
+            nn.Conv2d(channels, 96, 7, 2),
+            nn.ReLU(),
+            pool,
+            Fire(96, 16, 64),
+            Fire(128, 16, 64),
+            Fire(128, 32, 128),
+            pool,
+            Fire(256, 32, 128),
+            Fire(256, 48, 192),
+            Fire(384, 48, 192),
+            Fire(384, 64, 256),
+            pool,
+            Fire(512, 64, 256),
+        )
         self.wanted = {FIRES[layer][0] for layer in layers}
         self.widths = [FIRES[layer][1] for layer in sorted(layers, key=lambda layer: FIRES[layer][0])]
 
@@ -67,7 +90,6 @@ class SqueezeNet(nn.Module):
             if n == max(self.wanted):
                 break
         return maps
-
 
     def load(self, path: str) -> None:
         """Weights with torchvision's key names."""
@@ -83,11 +105,17 @@ class TimmTrunk(nn.Module):
         try:
             import timm
         except ImportError:
-            raise DataError(f"encoder.model is {settings.model}, but timm is not installed; `pip install timm`, or use squeezenet1_0") from None
+            raise DataError(
+                f"encoder.model is {settings.model}, but timm is not installed; `pip install timm`, or use squeezenet1_0"
+            ) from None
         try:
-            self.network = timm.create_model(name, pretrained=False, features_only=True, out_indices=(-1,), in_chans=channels)
+            self.network = timm.create_model(
+                name, pretrained=False, features_only=True, out_indices=(-1,), in_chans=channels
+            )
         except (RuntimeError, ValueError) as error:
-            raise DataError(f"encoder.model is {settings.model}, which timm cannot build as a feature extractor: {error}") from None
+            raise DataError(
+                f"encoder.model is {settings.model}, which timm cannot build as a feature extractor: {error}"
+            ) from None
         self.widths: list[int] = [self.network.feature_info.channels()[-1]]
 
     def forward(self, x: Tensor) -> list[Tensor]:
@@ -113,7 +141,9 @@ class PretrainedEncoder(Encoder):
         else:
             unknown = [layer for layer in settings.layers if layer not in FIRES]
             if unknown or not settings.layers:
-                raise DataError(f"encoder.layers is {list(settings.layers)}, expected one or more of {', '.join(FIRES)}")
+                raise DataError(
+                    f"encoder.layers is {list(settings.layers)}, expected one or more of {', '.join(FIRES)}"
+                )
             self.trunk = SqueezeNet(shape[0], settings.layers)
         self.out_dim = sum(self.trunk.widths) * (2 if settings.pool == "mean_std" else 1)
         self.is_trainable = settings.trainable
@@ -127,7 +157,7 @@ class PretrainedEncoder(Encoder):
         pooled = [m.mean((2, 3)) for m in maps]
         if self.settings.pool == "mean_std":
             # A constant map has variance 0: the root's gradient there is infinite without a floor.
-            pooled += [(m - m.mean((2, 3), keepdim=True)).square().mean((2, 3)).clamp_min(STD_FLOOR).sqrt() for m in maps]
+            pooled += [
+                (m - m.mean((2, 3), keepdim=True)).square().mean((2, 3)).clamp_min(STD_FLOOR).sqrt() for m in maps
+            ]
         return torch.cat(pooled, 1)
-
-

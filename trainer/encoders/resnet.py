@@ -3,6 +3,7 @@
 Source: He et al., "Deep Residual Learning for Image Recognition", 2015, arXiv 1512.03385. Key names are torchvision's, so that
 its weights load from a safetensors file. Differs from the paper: no classifier; a small transposed-convolution decoder for pre-training.
 """
+
 from __future__ import annotations
 
 from itertools import pairwise
@@ -36,7 +37,9 @@ class Block(nn.Module):
         self.conv2 = nn.Conv2d(width, width, 3, 1, 1, bias=False)
         self.bn2 = nn.BatchNorm2d(width)
         if stride != 1 or width_in != width:
-            self.downsample: nn.Module = nn.Sequential(nn.Conv2d(width_in, width, 1, stride, bias=False), nn.BatchNorm2d(width))
+            self.downsample: nn.Module = nn.Sequential(
+                nn.Conv2d(width_in, width, 1, stride, bias=False), nn.BatchNorm2d(width)
+            )
         else:
             self.downsample = nn.Identity()
 
@@ -58,7 +61,9 @@ class ResNetEncoder(Encoder):
         self.maxpool = nn.MaxPool2d(3, 2, 1)
         widths = (64, 64, 128, 256, 512)
         for n, (width_in, width) in enumerate(pairwise(widths), 1):
-            self.add_module(f"layer{n}", nn.Sequential(Block(width_in, width, 1 if n == 1 else 2), Block(width, width, 1)))
+            self.add_module(
+                f"layer{n}", nn.Sequential(Block(width_in, width, 1 if n == 1 else 2), Block(width, width, 1))
+            )
         self.embed = nn.Identity() if settings.dim is None else nn.Linear(512, settings.dim)
         self.out_dim = settings.dim or 512
         self.is_trainable = settings.trainable

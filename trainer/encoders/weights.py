@@ -1,4 +1,5 @@
 """Loads pretrained weights from a local safetensors file into an encoder that takes OpenCV's BGR; called by resnet and pretrained."""
+
 from __future__ import annotations
 
 from pathlib import Path
@@ -10,7 +11,9 @@ from torch import Tensor, nn
 from trainer.errors import DataError
 
 
-def load_weights(module: nn.Module, path: str, *, first: str, ignore: tuple[str, ...], own: tuple[str, ...] = ()) -> None:
+def load_weights(
+    module: nn.Module, path: str, *, first: str, ignore: tuple[str, ...], own: tuple[str, ...] = ()
+) -> None:
     """Copies the file's tensors into `module`.
 
     Args:
@@ -22,10 +25,16 @@ def load_weights(module: nn.Module, path: str, *, first: str, ignore: tuple[str,
         DataError: the file is missing, unreadable or of another network; the first differing key is named.
     """
     tensors = {key: value for key, value in read_weights(path).items() if not key.startswith(ignore)}
-    expected = {key: value for key, value in module.state_dict().items() if not key.startswith(own or ("\0",)) and not key.endswith("num_batches_tracked")}
+    expected = {
+        key: value
+        for key, value in module.state_dict().items()
+        if not key.startswith(own or ("\0",)) and not key.endswith("num_batches_tracked")
+    }
     for key in sorted(set(tensors) ^ set(expected)):
         if not key.endswith("num_batches_tracked"):
-            raise DataError(f"encoder.weights is {path}, whose key '{key}' is {'not one of' if key in tensors else 'missing for'} {type(module).__name__}")
+            raise DataError(
+                f"encoder.weights is {path}, whose key '{key}' is {'not one of' if key in tensors else 'missing for'} {type(module).__name__}"
+            )
     first_weight = tensors[first]
     if expected[first].shape[1] == 1:
         tensors[first] = first_weight.sum(1, keepdim=True)
@@ -33,14 +42,18 @@ def load_weights(module: nn.Module, path: str, *, first: str, ignore: tuple[str,
         tensors[first] = first_weight.flip(1)
     for key, value in tensors.items():
         if key in expected and value.shape != expected[key].shape:
-            raise DataError(f"encoder.weights is {path}, whose '{key}' has the shape {tuple(value.shape)}, expected {tuple(expected[key].shape)}")
+            raise DataError(
+                f"encoder.weights is {path}, whose '{key}' has the shape {tuple(value.shape)}, expected {tuple(expected[key].shape)}"
+            )
     module.load_state_dict(tensors, strict=False)
 
 
 def read_weights(path: str) -> dict[str, Tensor]:
     """The tensors of a safetensors file; raises DataError where it is not there or no such file."""
     if not Path(path).is_file():
-        raise DataError(f"encoder.weights is {path}, which does not exist; give the path of a local safetensors file (weights are never downloaded)")
+        raise DataError(
+            f"encoder.weights is {path}, which does not exist; give the path of a local safetensors file (weights are never downloaded)"
+        )
     try:
         return load_file(path)
     except (SafetensorError, OSError) as error:

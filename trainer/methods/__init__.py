@@ -1,4 +1,5 @@
 """Clustering methods, one per file; `METHODS` maps the name in YAML to the class. Adding one: a file, a line here, a YAML."""
+
 from __future__ import annotations
 
 from trainer.methods.ae_kmeans import AEKMeans

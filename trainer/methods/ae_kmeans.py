@@ -2,6 +2,7 @@
 
 Source: the "AE + k-means" rows of Xie, Girshick, Farhadi 2016 (arXiv 1511.06335) Table 3. Differs from the paper: nothing.
 """
+
 from __future__ import annotations
 
 from typing import Literal

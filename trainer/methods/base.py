@@ -1,4 +1,5 @@
 """What every clustering method is to the training loop: initial centroids, stages that move them, and a state to resume from."""
+
 from __future__ import annotations
 
 from typing import ClassVar
@@ -37,7 +38,12 @@ class Method:
     @torch.no_grad()
     def init_centroids(self) -> None:
         """Centroids by k-means on the embeddings of all training samples."""
-        result = kmeans(self.learner.all_latents(), self.settings.n_clusters, self.learner.seed, KMeansOptions(n_init=self.settings.n_init))
+        result = kmeans(
+            self.learner.all_latents(),
+            self.settings.n_clusters,
+            self.learner.seed,
+            KMeansOptions(n_init=self.settings.n_init),
+        )
         self.learner.model.centroids.copy_(result.centroids)
 
     def state(self) -> dict[str, Tensor]:

@@ -6,6 +6,7 @@ P is of the whole data set and constant between refreshes. Differs from the pape
 epoch, twice in a row (a short refresh interval moves few labels by itself); momentum is kept across refreshes; distances may be
 divided by a fixed `length_scale`, since the kernel's own scale is 1 and normalised features lie closer than that.
 """
+
 from __future__ import annotations
 
 from typing import Literal
@@ -49,23 +50,44 @@ class DEC(Method):
         n, k = len(learner), settings.n_clusters
         self.steps_per_epoch = -(-n // batch_size)
         self.refresh_steps = settings.refresh_steps or max(1, self.steps_per_epoch // 2)
-        self._state = {"p": torch.full((n, k), 1.0 / k), "reference": torch.zeros(n, dtype=torch.int64),
-                       "reference_step": torch.tensor(-1), "quiet": torch.tensor(0), "churn": torch.tensor(1.0),
-                       "length_scale": torch.tensor(1.0), "spread": torch.tensor(0.0), "empty_refreshes": torch.tensor(0)}
+        self._state = {
+            "p": torch.full((n, k), 1.0 / k),
+            "reference": torch.zeros(n, dtype=torch.int64),
+            "reference_step": torch.tensor(-1),
+            "quiet": torch.tensor(0),
+            "churn": torch.tensor(1.0),
+            "length_scale": torch.tensor(1.0),
+            "spread": torch.tensor(0.0),
+            "empty_refreshes": torch.tensor(0),
+        }
         self._figures: dict[str, float] = {}
 
     def stages(self) -> list[Stage]:
         model = self.learner.model
         parameters = [p for p in model.parameters() if p.requires_grad]
-        return [Stage("dec", self.settings.epochs, self.batch_size, self.settings.optimizer, parameters, self.loss,
-                      [model.encoder] if model.encoder.is_trainable else [], self.begin, self.before_step, self.after_epoch)]
+        return [
+            Stage(
+                "dec",
+                self.settings.epochs,
+                self.batch_size,
+                self.settings.optimizer,
+                parameters,
+                self.loss,
+                [model.encoder] if model.encoder.is_trainable else [],
+                self.begin,
+                self.before_step,
+                self.after_epoch,
+            )
+        ]
 
     @torch.no_grad()
     def begin(self) -> None:
         """Fixes the length scale and the starting spread."""
         z = self.learner.all_latents()
         if self.settings.length_scale == "auto":
-            self._state["length_scale"] = nearest(z, self.learner.model.centroids)[1].mean().sqrt().clamp_min(1e-6).cpu()
+            self._state["length_scale"] = (
+                nearest(z, self.learner.model.centroids)[1].mean().sqrt().clamp_min(1e-6).cpu()
+            )
         else:
             self._state["length_scale"] = torch.tensor(float(self.settings.length_scale))
         self._state["spread"] = z.var(0, unbiased=False).sum().cpu()
@@ -88,7 +110,9 @@ class DEC(Method):
         z = self.learner.all_latents()
         q = torch.cat([self.log_q(part).exp() for part in z.split(8192)])
         self._state["p"] = target_distribution(q)
-        guard = ClusterGuard(self.settings.n_clusters, float(self._state["spread"]), int(self._state["empty_refreshes"]))
+        guard = ClusterGuard(
+            self.settings.n_clusters, float(self._state["spread"]), int(self._state["empty_refreshes"])
+        )
         self._figures = guard.figures(q, z, self.learner.model.centroids)
         self._state["empty_refreshes"] = torch.tensor(guard.empty_refreshes)
         self._measure_churn(q.argmax(1), step)
@@ -111,4 +135,6 @@ class DEC(Method):
 
     def load_state(self, state: dict[str, Tensor]) -> None:
         device = self.learner.device
-        self._state = {name: tensor.to(device) if name in {"p", "reference"} else tensor for name, tensor in state.items()}
+        self._state = {
+            name: tensor.to(device) if name in {"p", "reference"} else tensor for name, tensor in state.items()
+        }

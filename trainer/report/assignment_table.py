@@ -1,4 +1,5 @@
 """Reads assignments.csv of a run: one typed row per image."""
+
 from __future__ import annotations
 
 import csv
@@ -25,7 +26,16 @@ def read_assignments(folder: Path) -> list[Assignment]:
     path = folder / "assignments.csv"
     try:
         with path.open(encoding="utf-8", newline="") as file:
-            return [Assignment(row["file"], row["split"], row["label"], int(row["cluster"]), float(row["distance"]), float(row["novelty_score"]))
-                    for row in csv.DictReader(file)]
+            return [
+                Assignment(
+                    row["file"],
+                    row["split"],
+                    row["label"],
+                    int(row["cluster"]),
+                    float(row["distance"]),
+                    float(row["novelty_score"]),
+                )
+                for row in csv.DictReader(file)
+            ]
     except (OSError, KeyError, ValueError, TypeError) as error:
         raise ArtifactError(f"{path} cannot be read: {error}") from None

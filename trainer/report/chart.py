@@ -1,4 +1,5 @@
 """Small SVG charts as text, without a plotting library: bars of counts, a histogram with an edge."""
+
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
@@ -18,9 +19,11 @@ def bars(rows: Sequence[tuple[str, int]]) -> str:
     parts = []
     for n, (name, count) in enumerate(rows):
         y, width = n * BAR_PX, count / most * (WIDTH_PX - 260)
-        parts.append(f'<text x="150" y="{y + 15}" text-anchor="end">{escape(name[:24])}</text>'
-                     f'<rect x="160" y="{y + 3}" width="{width:.1f}" height="{BAR_PX - 7}" fill="{PALETTE[n % len(PALETTE)]}"/>'
-                     f'<text x="{166 + width:.1f}" y="{y + 15}">{count}</text>')
+        parts.append(
+            f'<text x="150" y="{y + 15}" text-anchor="end">{escape(name[:24])}</text>'
+            f'<rect x="160" y="{y + 3}" width="{width:.1f}" height="{BAR_PX - 7}" fill="{PALETTE[n % len(PALETTE)]}"/>'
+            f'<text x="{166 + width:.1f}" y="{y + 15}">{count}</text>'
+        )
     return _svg(BAR_PX * len(rows) + 4, "".join(parts))
 
 
@@ -35,15 +38,24 @@ def histogram(series: Mapping[str, NDArray[np.float64]], edge: float, unit: str)
             continue
         heights = np.histogram(np.minimum(sample, top), bins)[0] / len(sample)
         scaled = heights / heights.max() * (base - 24)
-        points = " ".join(f"{x:.1f},{base - h:.1f}" for x, h in zip(np.linspace(10, WIDTH_PX - 10, N_BINS), scaled, strict=True))
+        points = " ".join(
+            f"{x:.1f},{base - h:.1f}" for x, h in zip(np.linspace(10, WIDTH_PX - 10, N_BINS), scaled, strict=True)
+        )
         colour = PALETTE[n % len(PALETTE)]
-        parts.append(f'<polyline points="10,{base} {points} {WIDTH_PX - 10},{base}" fill="{colour}" fill-opacity=".12" stroke="{colour}" stroke-width="1.5"/>'
-                     f'<text x="{WIDTH_PX - 12}" y="{16 + 15 * n}" text-anchor="end" fill="{colour}">{escape(name)} ({len(sample)})</text>')
+        parts.append(
+            f'<polyline points="10,{base} {points} {WIDTH_PX - 10},{base}" fill="{colour}" fill-opacity=".12" stroke="{colour}" stroke-width="1.5"/>'
+            f'<text x="{WIDTH_PX - 12}" y="{16 + 15 * n}" text-anchor="end" fill="{colour}">{escape(name)} ({len(sample)})</text>'
+        )
     x = 10 + edge / top * (WIDTH_PX - 20)
-    parts.append(f'<line x1="{x:.1f}" x2="{x:.1f}" y1="4" y2="{base}" stroke="#b5484a" stroke-dasharray="5 3"/>'
-                 f'<text x="{x + 5:.1f}" y="14" fill="#b5484a">{edge:g} = novel</text>'
-                 f'<line x1="10" x2="{WIDTH_PX - 10}" y1="{base}" y2="{base}" stroke="currentColor"/>')
-    parts += [f'<text x="{10 + v / top * (WIDTH_PX - 20):.1f}" y="{base + 16}" text-anchor="middle">{v:.2g}</text>' for v in np.linspace(0, top, 6)]
+    parts.append(
+        f'<line x1="{x:.1f}" x2="{x:.1f}" y1="4" y2="{base}" stroke="#b5484a" stroke-dasharray="5 3"/>'
+        f'<text x="{x + 5:.1f}" y="14" fill="#b5484a">{edge:g} = novel</text>'
+        f'<line x1="10" x2="{WIDTH_PX - 10}" y1="{base}" y2="{base}" stroke="currentColor"/>'
+    )
+    parts += [
+        f'<text x="{10 + v / top * (WIDTH_PX - 20):.1f}" y="{base + 16}" text-anchor="middle">{v:.2g}</text>'
+        for v in np.linspace(0, top, 6)
+    ]
     parts.append(f'<text x="10" y="{HISTOGRAM_PX + 4}">{escape(unit)}</text>')
     return _svg(HISTOGRAM_PX + 10, "".join(parts))
 

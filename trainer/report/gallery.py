@@ -1,4 +1,5 @@
 """Thumbnails for the report: which images of a cluster to show, and their pixels as data URLs."""
+
 from __future__ import annotations
 
 import base64
@@ -8,7 +9,7 @@ from html import escape
 import cv2
 import numpy as np
 
-from trainer.data import BadImageError, Item
+from trainer.images import BadImageError, Item
 from trainer.report.assignment_table import Assignment
 
 THUMB_PX = 96
@@ -29,7 +30,10 @@ def strip(rows: Sequence[Assignment], items: dict[str, Item]) -> str:
 
 
 def _figure(row: Assignment, item: Item | None) -> str:
-    title = escape(f"{row.file}\ndistance {row.distance:.3g}, novelty {row.novelty_score:.3f}{', ' + row.label if row.label else ''}", quote=True)
+    title = escape(
+        f"{row.file}\ndistance {row.distance:.3g}, novelty {row.novelty_score:.3f}{', ' + row.label if row.label else ''}",
+        quote=True,
+    )
     mark = ' class="novel"' if row.novelty_score > 1 else ""
     url = _data_url(item) if item is not None else None
     picture = f'<img src="{url}" alt="" loading="lazy">' if url else '<span class="gone">not there</span>'

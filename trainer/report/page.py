@@ -1,4 +1,5 @@
 """Writes report.html: what was learned, how the clusters look from nearest to farthest, where the novelty edge lies. One file, no network."""
+
 from __future__ import annotations
 
 from collections import Counter
@@ -10,8 +11,9 @@ from typing import Any
 import numpy as np
 
 from trainer.artifact import Run, write_atomically
-from trainer.data import Item, Skipped, open_images
+from trainer.data import Skipped
 from trainer.errors import DataError
+from trainer.images import Item, open_images
 from trainer.provenance import novelty_sentence
 from trainer.report import chart
 from trainer.report.assignment_table import Assignment, read_assignments
@@ -39,16 +41,23 @@ def write_report(run: Run, skipped: Sequence[Skipped] | None, path: Path) -> Non
     for assignment in rows:
         by_cluster[assignment.cluster].append(assignment)
     sections = [_head(run), _warnings(run, rows, skipped), _occupancy(run, by_cluster), _novelty(run, rows)]
-    sections.append("<h2>Clusters, nearest to farthest</h2><p>Under each picture its novelty score; a red frame: above 1.0.</p>")
+    sections.append(
+        "<h2>Clusters, nearest to farthest</h2><p>Under each picture its novelty score; a red frame: above 1.0.</p>"
+    )
     for row in run.clusters:
         members = by_cluster[row["id"]]
-        sections.append(f"<h3>{escape(row['name'])} <small>({len(members)} images)</small></h3>{strip(spread(members), items)}")
+        sections.append(
+            f"<h3>{escape(row['name'])} <small>({len(members)} images)</small></h3>{strip(spread(members), items)}"
+        )
     strangest = sorted(rows, key=lambda row: -row.novelty_score)[:PER_CLUSTER]
     sections.append(f"<h2>Strangest images</h2>{strip(strangest, items)}")
     sections.append(_truth(run, rows) + _origin(run))
     title = escape(f"{run.path.name}: {run.info['method']}")
-    write_atomically(path, f'<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">'
-                           f"<title>{title}</title><style>{STYLE}</style><body>{''.join(sections)}</body></html>\n")
+    write_atomically(
+        path,
+        f'<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">'
+        f"<title>{title}</title><style>{STYLE}</style><body>{''.join(sections)}</body></html>\n",
+    )
 
 
 def _items(run: Run) -> dict[str, Item]:
@@ -61,9 +70,11 @@ def _items(run: Run) -> dict[str, Item]:
 def _head(run: Run) -> str:
     train = run.info["train"]
     figures = " &middot; ".join(f"{escape(key)} {value:.3f}" for key, value in run.metrics.items())
-    return (f"<h1>{escape(run.path.name if run.path else '')}</h1><p>{escape(run.info['method'])} on {escape(run.info['encoder'])} features, "
-            f"{train['n']} images ({train['n_train']} train, {train['n_radius']} radius, {train['n_calibration']} calibration), "
-            f"seed {train['seed']}.</p><p>{figures}</p>")
+    return (
+        f"<h1>{escape(run.path.name if run.path else '')}</h1><p>{escape(run.info['method'])} on {escape(run.info['encoder'])} features, "
+        f"{train['n']} images ({train['n_train']} train, {train['n_radius']} radius, {train['n_calibration']} calibration), "
+        f"seed {train['seed']}.</p><p>{figures}</p>"
+    )
 
 
 def _warnings(run: Run, rows: list[Assignment], skipped: Sequence[Skipped] | None) -> str:
@@ -88,17 +99,29 @@ def _warnings(run: Run, rows: list[Assignment], skipped: Sequence[Skipped] | Non
 
 def _occupancy(run: Run, by_cluster: dict[int, list[Assignment]]) -> str:
     bars = chart.bars([(row["name"], len(by_cluster[row["id"]])) for row in run.clusters])
-    cells = "".join(f"<tr><td>{row['id']}</td><td>{escape(row['name'])}</td><td>{row.get('verdict', 'line default')}</td><td>{row['n']}</td>"
-                    f"<td>{row['radius']:.3g}</td><td>{row['q50']:.2f}</td><td>{row['q99']:.2f}</td></tr>" for row in run.clusters)
-    head = "".join(f"<th>{name}</th>" for name in ("id", "name", "verdict", "training images", "radius", "median", "99 %"))
-    return (f"<h2>Occupancy</h2>{bars}<table><tr>{head}</tr>{cells}</table>"
-            f"<p>Edit names and verdicts in <code>labels.yaml</code>, then export. Median and 99 % are of novelty distance / radius.</p>")
+    cells = "".join(
+        f"<tr><td>{row['id']}</td><td>{escape(row['name'])}</td><td>{row.get('verdict', 'line default')}</td><td>{row['n']}</td>"
+        f"<td>{row['radius']:.3g}</td><td>{row['q50']:.2f}</td><td>{row['q99']:.2f}</td></tr>"
+        for row in run.clusters
+    )
+    head = "".join(
+        f"<th>{name}</th>" for name in ("id", "name", "verdict", "training images", "radius", "median", "99 %")
+    )
+    return (
+        f"<h2>Occupancy</h2>{bars}<table><tr>{head}</tr>{cells}</table>"
+        f"<p>Edit names and verdicts in <code>labels.yaml</code>, then export. Median and 99 % are of novelty distance / radius.</p>"
+    )
 
 
 def _novelty(run: Run, rows: list[Assignment]) -> str:
-    series = {split: np.array([row.novelty_score for row in rows if row.split == split]) for split in ("train", "radius", "calibration")}
-    return (f"<h2>Novelty</h2><p>{escape(novelty_sentence(run.info['novelty']))}.</p>"
-            f"{chart.histogram({k: v for k, v in series.items() if len(v)}, 1.0, 'novelty score')}")
+    series = {
+        split: np.array([row.novelty_score for row in rows if row.split == split])
+        for split in ("train", "radius", "calibration")
+    }
+    return (
+        f"<h2>Novelty</h2><p>{escape(novelty_sentence(run.info['novelty']))}.</p>"
+        f"{chart.histogram({k: v for k, v in series.items() if len(v)}, 1.0, 'novelty score')}"
+    )
 
 
 def _truth(run: Run, rows: list[Assignment]) -> str:
@@ -117,6 +140,15 @@ def _truth(run: Run, rows: list[Assignment]) -> str:
 
 def _origin(run: Run) -> str:
     info: dict[str, Any] = run.info
-    values = {"data": run.settings.data.path, "manifest sha256": info["train"]["manifest_sha256"], "code": info["train"]["git"] or "installed package",
-              "created": info["created"], **{f"version {k}": v for k, v in info["versions"].items() if v}}
-    return "<h2>Origin</h2><table>" + "".join(f"<tr><td>{escape(k)}</td><td>{escape(str(v))}</td></tr>" for k, v in values.items()) + "</table>"
+    values = {
+        "data": run.settings.data.path,
+        "manifest sha256": info["train"]["manifest_sha256"],
+        "code": info["train"]["git"] or "installed package",
+        "created": info["created"],
+        **{f"version {k}": v for k, v in info["versions"].items() if v},
+    }
+    return (
+        "<h2>Origin</h2><table>"
+        + "".join(f"<tr><td>{escape(k)}</td><td>{escape(str(v))}</td></tr>" for k, v in values.items())
+        + "</table>"
+    )
