@@ -12,7 +12,7 @@ import pytest
 
 from edge_dkm.cli import main
 from edge_dkm.settings import LineSettings
-from tests.edge_dkm.conftest import Mosquitto, free_port
+from tests.broker import Mosquitto, free_port
 from tests.images import draw, write_png
 
 

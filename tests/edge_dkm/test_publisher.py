@@ -12,7 +12,7 @@ from edge_dkm.message import State
 from edge_dkm.outbox import Draft, Numbers, Outbox
 from edge_dkm.publisher import Publisher
 from edge_dkm.settings import LineSettings
-from tests.edge_dkm.conftest import Mosquitto, Subscriber, free_port
+from tests.broker import Mosquitto, Subscriber, free_port
 from tests.waiting import wait_until
 
 pytestmark = pytest.mark.broker

@@ -20,7 +20,7 @@ from edge_dkm.outbox import Intent, Outbox
 from edge_dkm.settings import LineSettings
 from edge_dkm.state import StateFolder
 from edge_dkm.supervisor import run_line
-from tests.edge_dkm.conftest import Mosquitto, Subscriber, free_port
+from tests.broker import Mosquitto, Subscriber, free_port
 from tests.images import draw, write_png
 from tests.waiting import wait_until
 

@@ -15,7 +15,7 @@ from cryptography.x509.oid import NameOID
 from edge_dkm.errors import BrokerError, UsageError
 from edge_dkm.mqtt import await_connack, check_files, open_link
 from edge_dkm.settings import MqttSettings, TlsSettings
-from tests.edge_dkm.conftest import Mosquitto
+from tests.broker import Mosquitto
 
 pytestmark = pytest.mark.broker
 

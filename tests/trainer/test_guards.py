@@ -23,7 +23,9 @@ def test_effective_number_is_one_when_everything_is_in_one_cluster() -> None:
     assert float(effective_number(torch.tensor([[1.0, 0.0], [1.0, 0.0]]))) == pytest.approx(1.0)
 
 
-def assert_stopped_by(guard: str, q: torch.Tensor, z: torch.Tensor, mu: torch.Tensor, spread: float = 1.0, times: int = 1) -> None:
+def assert_stopped_by(
+    guard: str, q: torch.Tensor, z: torch.Tensor, mu: torch.Tensor, spread: float = 1.0, times: int = 1
+) -> None:
     watch = ClusterGuard(len(mu), spread)
     for _ in range(times - 1):
         watch.figures(q, z, mu)
