@@ -123,9 +123,10 @@ def _calibrate(run: Run, rejected: frozenset[int]) -> dict[str, Any]:
     """Novelty for the parts that are not rejected anyway; the run's own figures where nothing is."""
     settings = run.settings.calibration or NoveltySettings()
     calibration = set_calibration(run.model, run.parts, settings, rejected)
+    promise = {"promised_frr": calibration.promised_frr} if run.parts.is_held_out else {}
     return {
         **run.info["novelty"],
-        "promised_frr": calibration.promised_frr,
+        **promise,
         "n_calib": len(calibration.scores),
         "groups": calibration.groups,
         "scale": calibration.scale,

@@ -2,7 +2,7 @@
 
 config.yaml          resolved settings             encoder.safetensors    encoder, pixel mean and std
 model.json           what was learned from what    codebook.safetensors   projection, centroids, radii, calibration parts
-labels.yaml          names and verdicts, editable  metrics.jsonl          one line per epoch
+labels.yaml          names and verdicts, editable  metrics.jsonl          one line per epoch, then the result
 assignments.csv      one line per image            report.html            one file, offline
 golden/              images the exporter proves its graph on       checkpoints/ while training
 """

@@ -64,7 +64,7 @@ def fit(config: str | Path | TrainSettings, options: FitOptions | None = None) -
         name = find(config, "train").stem
     folder = options.out or Path("runs") / name
     _claim(folder, settings, options)
-    started_s = time.monotonic()
+    started_s = time.monotonic() - (_earlier_s(folder) if options.resume else 0)
     device = _device(settings.train.device)
     with _determinism(settings.train.deterministic):
         torch.manual_seed(settings.train.seed)
@@ -78,6 +78,8 @@ def fit(config: str | Path | TrainSettings, options: FitOptions | None = None) -
         run, outcome = _finish(settings, learner, dataset, split)
     run.info["train"]["minutes"] = round((time.monotonic() - started_s) / 60, 2)
     save_images([outcome.dataset.items[n] for n in choose(run.model, outcome.z)], folder / "golden")
+    with (folder / "metrics.jsonl").open("a", encoding="utf-8") as file:
+        file.write(json.dumps({"stage": "result", **run.metrics}) + "\n")
     save_run(run, folder, outcome.assignments())
     write_report(run, dataset.skipped, folder / "report.html")
     (folder / "checkpoints" / NAME).unlink(missing_ok=True)
@@ -95,6 +97,13 @@ def _claim(folder: Path, settings: TrainSettings, options: FitOptions) -> None:
         (folder / "checkpoints").mkdir(exist_ok=True)
     except OSError as error:
         raise DataError(f"{folder} cannot be written: {error.strerror or error}") from None
+
+
+def _earlier_s(folder: Path) -> float:
+    """Seconds of the epochs that ran before an interruption."""
+    path = folder / "metrics.jsonl"
+    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    return sum(float(json.loads(line).get("seconds", 0)) for line in lines if line.endswith("}"))
 
 
 def _load(settings: TrainSettings, progress: Progress) -> tuple[Dataset, Split]:

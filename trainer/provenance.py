@@ -119,11 +119,11 @@ def novelty_sentence(novelty: dict[str, Any]) -> str:
 
 def _novelty(settings: TrainSettings, parts: CalibrationParts, calibration: Calibration) -> dict[str, Any]:
     unit = settings.calibration.unit if settings.calibration else "part"
+    promise = {"target_frr": calibration.target_frr, "promised_frr": calibration.promised_frr}
     return {
         "kind": f"conformal-{unit}" if parts.is_held_out else "uncalibrated",
         "threshold": 1.0,
-        "target_frr": calibration.target_frr,
-        "promised_frr": calibration.promised_frr,
+        **(promise if parts.is_held_out else {}),  # training parts promise nothing
         "n_calib": len(parts.score),
         "groups": calibration.groups,
         "scale": calibration.scale,

@@ -134,9 +134,8 @@ def test_the_run_folder_holds_what_the_contract_lists(tiny_run_folder: Path) -> 
     info = json.loads((tiny_run_folder / "model.json").read_text())
     assert info["schema"] == "dkm.run/1" and len(info["train"]["manifest_sha256"]) == 64
     assert set(info["clusters"][0]) == {"id", "name", "n", "radius", "q50", "q99"}
-    assert [json.loads(line)["stage"] for line in (tiny_run_folder / "metrics.jsonl").read_text().splitlines()] == [
-        "reconstruct"
-    ] * 3
+    stages = [json.loads(line)["stage"] for line in (tiny_run_folder / "metrics.jsonl").read_text().splitlines()]
+    assert stages == ["reconstruct"] * 3 + ["result"]
     assert not (tiny_run_folder / "checkpoints" / NAME).exists()
 
 
