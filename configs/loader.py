@@ -67,7 +67,7 @@ def _build(model: type[S], root: Node, sources: Sources) -> S:
         path, equals, text = item.partition("=")
         if not equals or not path:
             raise ConfigError([f"--set {item}: expected key.subkey=value"])
-        _place(root, path.split("."), parse_value(text, f"--set {path}", sources.environ))
+        _place(root, path.split("."), parse_value(text, "--set", sources.environ))
     return _validate(model, root)
 
 

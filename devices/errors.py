@@ -21,7 +21,7 @@ class CameraError(DeviceError):
 
     def __init__(self, code: str, message: str) -> None:
         super().__init__(f"{code} {message}")
-        self.code = code
+        self.code, self.detail = code, message
 
 
 class ProviderError(DeviceError):

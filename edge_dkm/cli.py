@@ -141,6 +141,7 @@ def _record(arguments: argparse.Namespace) -> int:
 
 
 def _score(arguments: argparse.Namespace) -> int:
+    from devices.errors import CameraError
     from devices.frame import Cropper
     from devices.sources.folder import read_image
     from edge_dkm.errors import FrameError
@@ -155,11 +156,11 @@ def _score(arguments: argparse.Namespace) -> int:
                 if frame.fault is not None:
                     raise FrameError(frame.fault.code, frame.fault.detail)
                 result = inspector.inspect(frame.image)
-            except FrameError as error:
+            except (FrameError, CameraError) as error:  # this image's failure; the next one may be read
                 failures += 1
                 print(
                     json.dumps(
-                        {"file": str(path), "verdict": "error", "error": {"code": error.code, "detail": str(error)}},
+                        {"file": str(path), "verdict": "error", "error": {"code": error.code, "detail": error.detail}},
                         ensure_ascii=False,
                     )
                 )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import importlib.util
 import logging
+import os
 import shutil
 import signal
 import socket
@@ -39,8 +40,10 @@ class EmbeddedBroker:
         folder.mkdir(parents=True, exist_ok=True)
         if mosquitto is not None:
             config = folder / "mosquitto.conf"
+            # As root, Mosquitto would become another user, and by that forget that it is to end with its parent.
+            user = "user root\n" if os.geteuid() == 0 else ""
             config.write_text(
-                f"listener {port} {HOST}\nallow_anonymous true\npersistence false\nmax_queued_messages 0\nmax_inflight_messages 20\n"
+                f"{user}listener {port} {HOST}\nallow_anonymous true\npersistence false\nmax_queued_messages 0\nmax_inflight_messages 20\n"
             )
             command = [mosquitto, "-c", str(config)]
         elif importlib.util.find_spec("amqtt") is not None:
@@ -63,7 +66,8 @@ class EmbeddedBroker:
             stdin=subprocess.DEVNULL,
             stdout=self._log,
             stderr=self._log,
-            preexec_fn=_die_with_parent(ctypes.CDLL(None)),  # noqa: PLW1509 (two calls into libc, which is loaded here)
+            start_new_session=True,  # a signal to the whole group, as Ctrl-C, must not end it before the line's goodbye
+            preexec_fn=_die_with_parent(ctypes.CDLL(None)),  # noqa: PLW1509 (one call into libc, which is loaded here)
         )
         self._await_start(folder / "broker.log")
 
@@ -106,10 +110,9 @@ def _accepts(port: int) -> bool:
 
 
 def _die_with_parent(libc: ctypes.CDLL) -> Callable[[], None]:
-    """For the child: it ends with the parent even when that is killed, and leaves Ctrl-C to the parent."""
+    """For the child: it ends with the parent even when that is killed."""
 
     def prepare() -> None:
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
         if sys.platform.startswith("linux"):
             libc.prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
 

@@ -48,7 +48,7 @@ class InspectionError(EdgeError):
 
     def __init__(self, code: str, message: str) -> None:
         super().__init__(f"{code} {message}")
-        self.code = code
+        self.code, self.detail = code, message
 
 
 class FrameError(InspectionError):

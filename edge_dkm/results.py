@@ -88,7 +88,7 @@ def completed(case: Case, numbers: Numbers, model: ModelInfo, inspection: Inspec
 def without_answer(case: Case, numbers: Numbers, error: InspectionError, model: ModelInfo | None = None) -> Result:
     """The declared result of a part that got no answer: `bad_frame` where the frame was at fault, else `failed`."""
     is_bad = isinstance(error, FrameError)
-    detail = str(error).removeprefix(f"{error.code} ")[:MAX_DETAIL]
+    detail = error.detail[:MAX_DETAIL]
     return Result(
         result_id=case.result_id,
         epoch=numbers.epoch,

@@ -64,28 +64,37 @@ def draft(n: int) -> Draft:
 def measure(folder: Path, rate_hz: float, count: int) -> np.ndarray:
     """Milliseconds per result."""
     broker = Mosquitto(folder)
-    child = subprocess.Popen(
-        [sys.executable, "-m", "benchmarks.line.delivery", "--subscribe", str(broker.port), "--count", str(count)],
-        stdout=subprocess.PIPE,
-        text=True,
+    port = str(broker.port)
+    words = [sys.executable, "-m", "benchmarks.line.delivery", "--subscribe", port, "--count", str(count)]
+    text = (
+        f"station: st1\nmodel: none.onnx\ncameras: {{top: {{source: none}}}}\n"
+        f"mqtt: {{host: 127.0.0.1, port: {port}}}\nstate: {folder}"
     )
-    assert child.stdout is not None and child.stdout.readline() == "listening\n"
-    text = f"station: st1\nmodel: none.onnx\ncameras: {{top: {{source: none}}}}\nmqtt: {{host: 127.0.0.1, port: {broker.port}}}\nstate: {folder}"
     outbox = Outbox(folder / "outbox.db", "st1", lambda camera: TOPIC)
     publisher = Publisher(load_text(LineSettings, text, "delivery"), outbox, "benchmark")
-    publisher.start()
+    try:
+        with subprocess.Popen(words, stdout=subprocess.PIPE, text=True) as child:
+            assert child.stdout is not None and child.stdout.readline() == "listening\n"
+            publisher.start()
+            committed = commit_steadily(outbox, rate_hz, count)
+            lines = child.communicate(timeout=60)[0].splitlines()
+    finally:
+        publisher.stop()
+        publisher.join()
+        broker.kill()
+        outbox.close()
+    return np.array([(float(at_s) - committed[number]) * 1000 for number, at_s in map(str.split, lines)])
+
+
+def commit_steadily(outbox: Outbox, rate_hz: float, count: int) -> dict[str, float]:
+    """When each result's commit had returned."""
     committed: dict[str, float] = {}
     tick, started_s = threading.Event(), time.monotonic()
     for n in range(count):
         tick.wait(max(0.0, started_s + n / rate_hz - time.monotonic()))
         outbox.commit([draft(n)])
         committed[str(n)] = time.monotonic()
-    lines = child.communicate(timeout=60)[0].splitlines()
-    publisher.stop()
-    publisher.join()
-    outbox.close()
-    broker.kill()
-    return np.array([(float(at_s) - committed[number]) * 1000 for number, at_s in map(str.split, lines)])
+    return committed
 
 
 def main() -> None:

@@ -124,9 +124,7 @@ def test_an_override_reaches_into_sections_and_lists() -> None:
 
 
 def test_a_wrong_override_names_the_option_or_the_variable() -> None:
-    assert problems("port: 1", "passwrd=1") == [
-        "--set passwrd passwrd is not a known setting, did you mean 'password'?"
-    ]
+    assert problems("port: 1", "passwrd=1") == ["--set passwrd is not a known setting, did you mean 'password'?"]
     assert problems("port: 1", EDGE__PRT="1") == [
         "environment EDGE__PRT prt is not a known setting, did you mean 'port'?"
     ]
