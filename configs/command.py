@@ -14,6 +14,8 @@ from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
 DEBUG_VARIABLE = "EDGE_DKM_DEBUG"
+USAGE = 2
+TRAIN_LIBRARIES = ("torch", "onnx", "onnxscript", "safetensors", "scipy", "sklearn", "tqdm")  # of the extra `train`
 INTERRUPTED = 130  # the shell's code for Ctrl-C
 
 Handler = Callable[[argparse.Namespace], int]
@@ -78,6 +80,8 @@ def _report(program: str, error: Exception) -> int:
     code = getattr(error, "exit_code", None)
     if isinstance(code, int):
         return _fail(program, str(error), code)
+    if isinstance(error, ModuleNotFoundError) and error.name in TRAIN_LIBRARIES:
+        return _fail(program, f"needs {error.name}, which is not installed: pip install 'edge-dkm[train]'", USAGE)
     if isinstance(error, OSError):
         return _fail(program, f"{error.filename or ''} {error.strerror or error}".strip(), 1)
     return _fail(
