@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass
+from typing import Any
 
 from edge_dkm.clock import boot_id, rfc3339, utc_at
 from edge_dkm.contract import CONTRACT
@@ -52,20 +53,27 @@ def model_info(inspector: Inspector) -> ModelInfo:
     return ModelInfo(id=inspector.metadata.model_id, sha256=inspector.file.sha256, codebook=codebook, contract=CONTRACT)
 
 
+def _heading(case: Case, numbers: Numbers) -> dict[str, Any]:
+    """What every result says of itself."""
+    return {
+        "result_id": case.result_id,
+        "epoch": numbers.epoch,
+        "seq": numbers.seq,
+        "cseq": numbers.cseq,
+        "boot_id": _boot_id(),
+        "ts": case.ts,
+        "station": case.station,
+        "camera": case.camera,
+        "trigger": case.trigger,
+    }
+
+
 def completed(case: Case, numbers: Numbers, model: ModelInfo, inspection: Inspection, clockings: Clockings) -> Result:
     """The result of an inspection."""
     cluster = inspection.cluster
     return Result(
-        result_id=case.result_id,
-        epoch=numbers.epoch,
-        seq=numbers.seq,
-        cseq=numbers.cseq,
-        boot_id=_boot_id(),
-        ts=case.ts,
-        station=case.station,
-        camera=case.camera,
+        **_heading(case, numbers),
         state="completed",
-        trigger=case.trigger,
         model=model,
         cluster=ClusterInfo(
             id=cluster.id,
@@ -88,22 +96,13 @@ def completed(case: Case, numbers: Numbers, model: ModelInfo, inspection: Inspec
 def without_answer(case: Case, numbers: Numbers, error: InspectionError, model: ModelInfo | None = None) -> Result:
     """The declared result of a part that got no answer: `bad_frame` where the frame was at fault, else `failed`."""
     is_bad = isinstance(error, FrameError)
-    detail = error.detail[:MAX_DETAIL]
     return Result(
-        result_id=case.result_id,
-        epoch=numbers.epoch,
-        seq=numbers.seq,
-        cseq=numbers.cseq,
-        boot_id=_boot_id(),
-        ts=case.ts,
-        station=case.station,
-        camera=case.camera,
+        **_heading(case, numbers),
         state="bad_frame" if is_bad else "failed",
-        trigger=case.trigger,
         model=model,
         verdict="error",
         reason="bad_frame" if is_bad else "failed",
-        error=ErrorInfo(code=error.code, detail=detail),
+        error=ErrorInfo(code=error.code, detail=error.detail[:MAX_DETAIL]),
     )
 
 

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import cv2
-import numpy as np
 
 from devices.errors import CameraError
-from devices.frame import Frame
 from devices.settings import CameraSettings
+from devices.sources.live import LiveCapture
 
 
 @dataclass(frozen=True)
@@ -37,11 +35,10 @@ def list_devices() -> list[VideoDevice]:
     return found
 
 
-class UsbSource:
+class UsbSource(LiveCapture):
     """Frames as the driver gives them. `read` may block for as long as the driver does (V4L2: 10 s)."""
 
     kind = "usb"
-    live = True
 
     def __init__(self, device: str, settings: CameraSettings) -> None:
         name: int | str = int(device) if device.isdigit() else device
@@ -50,27 +47,12 @@ class UsbSource:
             there = ", ".join(sorted(str(p) for p in Path("/dev").glob("video*"))) or "none"
             raise CameraError("C-NODEV", f"usb:{device} is not there, {path} does not exist (video devices: {there})")
         backend = cv2.CAP_V4L2 if sys.platform.startswith("linux") else cv2.CAP_ANY
-        self._device, self._closed = device, False
-        self._capture = cv2.VideoCapture(name, backend)
-        if not self._capture.isOpened():
+        capture = cv2.VideoCapture(name, backend)
+        if not capture.isOpened():
             raise CameraError(
                 "C-OPEN",
                 f"usb:{device} cannot be opened (in use by another program, or no permission: is the user in the group video?)",
             )
         if settings.fps:
-            self._capture.set(cv2.CAP_PROP_FPS, settings.fps)
-
-    def __iter__(self) -> Iterator[Frame]:
-        index = 0
-        while not self._closed:
-            ok, image = self._capture.read()
-            if not ok:
-                if not self._closed:
-                    raise CameraError("C-LOST", f"usb:{self._device} gives no more frames (unplugged?)")
-                break
-            yield Frame.now(np.asarray(image, np.uint8), index)
-            index += 1
-        self._capture.release()
-
-    def close(self) -> None:
-        self._closed = True
+            capture.set(cv2.CAP_PROP_FPS, settings.fps)
+        super().__init__(capture, f"usb:{device} gives no more frames (unplugged?)")
