@@ -10,11 +10,13 @@ import random
 import threading
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
+import numpy as np
+
 from devices.errors import CameraError
-from devices.frame import Cropper, Frame
+from devices.frame import Cropper, Fault, Frame
 from devices.settings import CameraSettings
 from devices.sources import Source, is_live, mask, open_source
 from devices.triggers import TRIGGERS, Shot, Trigger
@@ -44,10 +46,23 @@ def build_trigger(settings: CameraSettings) -> Trigger:
 def observe(source: Source, settings: CameraSettings, trigger: Trigger) -> Iterator[Observation]:
     """Every frame of an open source, cropped and shown to the trigger."""
     cropper = Cropper(settings.roi)
-    for full in source:
+    for given in source:
+        full = _checked(given)
         frame = cropper(full)
         shot = trigger.update(frame)
         yield Observation(frame, (full.image.shape[1], full.image.shape[0]), trigger.present_id, shot)
+
+
+def _checked(frame: Frame) -> Frame:
+    """A driver that gives another kind of picture gives bad frames, not an error in whoever looks at them first."""
+    image = frame.image
+    if frame.fault is not None or (image.ndim == 3 and image.shape[2] == 3 and image.dtype == np.uint8):
+        return frame
+    return replace(
+        frame,
+        image=np.zeros((0, 0, 3), np.uint8),
+        fault=Fault("F-SHAPE", f"the camera gives {image.dtype} {image.shape}, expected uint8 (H, W, 3) BGR"),
+    )
 
 
 @dataclass(frozen=True)
@@ -112,6 +127,7 @@ class Capture(threading.Thread):
             self._run()
         finally:
             self.ended.set()
+            self._changed(self.camera)
 
     def _run(self) -> None:
         pause_s = RECONNECT_FIRST_S
@@ -123,9 +139,10 @@ class Capture(threading.Thread):
                 if not self._source.live:
                     return
                 raise CameraError("C-LOST", f"{mask(self.settings.source)} gives no more frames")
-            except CameraError as error:
+            except Exception as caught:  # noqa: BLE001 (a thread that ends unseen is a silent stall)
                 if self._stop_asked.is_set():
                     return
+                error = _as_camera_error(caught, self.settings.source)
                 self._go("offline", error)
                 if not is_live(self.settings.source):
                     self.error = error
@@ -176,6 +193,13 @@ class Capture(threading.Thread):
             f": {error}" if error else "",
         )
         self._changed(self.camera)
+
+
+def _as_camera_error(error: Exception, source: str) -> CameraError:
+    """Whatever a driver or file system raises is the camera's failure, and treated as one."""
+    if isinstance(error, CameraError):
+        return error
+    return CameraError("C-LOST", f"{mask(source)} failed: {type(error).__name__}: {error}")
 
 
 def _size(size: tuple[int, int]) -> str:

@@ -14,7 +14,7 @@ from devices.errors import CameraError, DeviceError
 from devices.providers import available_providers, installed_builds
 from devices.settings import CameraSettings
 from devices.sources import mask, open_source
-from edge_dkm.embedded_broker import find_mosquitto
+from edge_dkm.embedded_broker import embedded_kind, find_mosquitto
 from edge_dkm.errors import EdgeError, UsageError
 from edge_dkm.framing import frame_problem
 from edge_dkm.inspector import Inspector
@@ -88,8 +88,11 @@ def _camera(name: str, camera: CameraSettings, inspector: Inspector | None) -> F
 def _broker(settings: LineSettings) -> Finding:
     mqtt = settings.mqtt
     if mqtt.host == EMBEDDED:
-        found = find_mosquitto()
-        return Finding("broker", f"embedded on port {mqtt.effective_port}: {found or 'amqtt, MQTT 3.1.1 only'}")
+        try:
+            kind = embedded_kind()
+        except EdgeError as error:
+            return _failed("broker", error)
+        return Finding("broker", f"embedded on port {mqtt.effective_port}: {kind}")
     try:
         check_files(mqtt)
         link = open_link(mqtt, f"edge-dkm-check-{settings.station}", clean=True)

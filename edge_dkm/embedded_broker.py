@@ -14,8 +14,10 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Literal
 
 from edge_dkm.errors import BrokerError
+from edge_dkm.settings import LineSettings
 
 START_S = 10.0
 HOST = "127.0.0.1"
@@ -23,7 +25,7 @@ log = logging.getLogger(__name__)
 
 
 class EmbeddedBroker:
-    """Starts the broker and waits until it accepts connections; `is_v5` tells whether it speaks MQTT 5.
+    """Starts the broker and waits until it accepts connections.
 
     Raises:
         BrokerError: neither broker is installed, the port is taken, or it does not start.
@@ -31,35 +33,13 @@ class EmbeddedBroker:
 
     def __init__(self, port: int, folder: Path) -> None:
         self.port = port
-        mosquitto = find_mosquitto()
-        self.is_v5 = mosquitto is not None
+        kind = embedded_kind()
         if _accepts(port):
             raise BrokerError(
                 f"port {port} for the embedded broker is taken; set mqtt.port to a free one, or mqtt.host to the broker that runs there"
             )
         folder.mkdir(parents=True, exist_ok=True)
-        if mosquitto is not None:
-            config = folder / "mosquitto.conf"
-            # As root, Mosquitto would become another user, and by that forget that it is to end with its parent.
-            user = "user root\n" if os.geteuid() == 0 else ""
-            config.write_text(
-                f"{user}listener {port} {HOST}\nallow_anonymous true\npersistence false\nmax_queued_messages 0\nmax_inflight_messages 20\n"
-            )
-            command = [mosquitto, "-c", str(config)]
-        elif importlib.util.find_spec("amqtt") is not None:
-            config = folder / "amqtt.yaml"
-            config.write_text(
-                f"listeners:\n  default:\n    type: tcp\n    bind: {HOST}:{port}\n"
-                "plugins:\n  amqtt.plugins.authentication.AnonymousAuthPlugin:\n    allow_anonymous: true\n"
-            )
-            command = [sys.executable, "-m", "amqtt.scripts.broker_script", "-c", str(config)]
-            log.warning(
-                "Mosquitto is not installed: the embedded broker is amqtt, which speaks MQTT 3.1.1 only; refused messages are invisible"
-            )
-        else:
-            raise BrokerError(
-                "mqtt.host is embedded, but neither Mosquitto (apt install mosquitto) nor amqtt (pip install 'edge-dkm[demo]') is installed"
-            )
+        command = _mosquitto(port, folder) if kind == "mosquitto" else _amqtt(port, folder)
         self._log = (folder / "broker.log").open("wb")
         self._process = subprocess.Popen(
             command,
@@ -92,6 +72,50 @@ class EmbeddedBroker:
                 self._process.kill()
                 self._process.wait()
         self._log.close()
+
+
+def _mosquitto(port: int, folder: Path) -> list[str]:
+    config = folder / "mosquitto.conf"
+    # As root, Mosquitto would become another user, and by that forget that it is to end with its parent.
+    user = "user root\n" if os.geteuid() == 0 else ""
+    config.write_text(
+        f"{user}listener {port} {HOST}\nallow_anonymous true\npersistence false\nmax_queued_messages 0\nmax_inflight_messages 20\n"
+    )
+    return [find_mosquitto() or "mosquitto", "-c", str(config)]
+
+
+def _amqtt(port: int, folder: Path) -> list[str]:
+    config = folder / "amqtt.yaml"
+    config.write_text(
+        f"listeners:\n  default:\n    type: tcp\n    bind: {HOST}:{port}\n"
+        "plugins:\n  amqtt.plugins.authentication.AnonymousAuthPlugin:\n    allow_anonymous: true\n"
+    )
+    log.warning(
+        "Mosquitto is not installed: the embedded broker is amqtt, which speaks MQTT 3.1.1 only; refused messages are invisible"
+    )
+    return [sys.executable, "-m", "amqtt.scripts.broker_script", "-c", str(config)]
+
+
+def embedded_kind() -> Literal["mosquitto", "amqtt"]:
+    """Which broker would be started.
+
+    Raises:
+        BrokerError: none is installed.
+    """
+    if find_mosquitto() is not None:
+        return "mosquitto"
+    if importlib.util.find_spec("amqtt") is not None:
+        return "amqtt"
+    raise BrokerError(
+        "mqtt.host is embedded, but neither Mosquitto (apt install mosquitto) nor amqtt (pip install 'edge-dkm[demo]') is installed"
+    )
+
+
+def as_embedded_speaks(settings: LineSettings) -> LineSettings:
+    """The settings with the MQTT version of the broker that would be started."""
+    if embedded_kind() == "mosquitto":
+        return settings
+    return settings.model_copy(update={"mqtt": settings.mqtt.model_copy(update={"version": "3.1.1"})})
 
 
 def find_mosquitto() -> str | None:

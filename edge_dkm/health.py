@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 from collections.abc import Callable
@@ -22,6 +23,7 @@ class Stage:
         self._waiting, self._excuse = waiting, excuse
         self._lock = threading.Lock()
         self._count, self._last_s = 0, time.monotonic()
+        self._idle_seen_s = self._last_s
 
     def progress(self, n: int = 1) -> None:
         """Something was done."""
@@ -34,10 +36,14 @@ class Stage:
         with self._lock:
             count, age_s = self._count, time.monotonic() - self._last_s
         waiting = self._waiting()
+        if not waiting:
+            self._idle_seen_s = time.monotonic()
+        # Work that came a moment ago after an idle hour is not stuck.
+        waits_s = min(age_s, time.monotonic() - self._idle_seen_s)
         state: StageState = "ok" if waiting or age_s < 1.0 else "idle"
         if self._excuse() is not None:
             state = "degraded"
-        elif waiting and age_s > STUCK_S:
+        elif waiting and waits_s > STUCK_S:
             state = "stuck"
         return StageHealth(state=state, count=count, age_s=round(age_s, 3))
 
@@ -45,6 +51,6 @@ class Stage:
 def rss_mb() -> int | None:
     """Resident memory of this process in megabytes; None where /proc is not there."""
     try:
-        return int(Path("/proc/self/statm").read_text().split()[1]) * 4096 // 1_000_000
+        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") // 1_000_000
     except (OSError, IndexError, ValueError):
         return None

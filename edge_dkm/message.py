@@ -6,13 +6,22 @@ Unknown values are left out, never null or NaN; keys may be added within a versi
 from __future__ import annotations
 
 import os
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 from edge_dkm.clock import wall_s
 
 MAX_RESULT_BYTES = 1024
+MAX_DETAIL_BYTES = 200
+
+
+def _wire_text(text: str) -> str:
+    """Cut to a size, and free of what UTF-8 cannot say (a file name may hold it): a message must never fail for its detail."""
+    return text.encode("utf-8", "replace")[:MAX_DETAIL_BYTES].decode("utf-8", "ignore")
+
+
+Detail = Annotated[str, BeforeValidator(_wire_text)]
 
 
 class Message(BaseModel):
@@ -78,7 +87,7 @@ class ErrorInfo(Message):
     """Why there is no answer."""
 
     code: str
-    detail: str
+    detail: Detail
 
 
 class Result(Message):
@@ -199,7 +208,7 @@ class StateReason(Message):
     """Why the state is what it is."""
 
     code: str
-    detail: str
+    detail: Detail
 
 
 class State(Announcement):

@@ -51,6 +51,12 @@ class Link:
     lost: str | None = None
     acks: list[tuple[int, int]] = field(default_factory=list)
     messages: list[paho.MQTTMessage] = field(default_factory=list)
+    unacknowledged: set[int] = field(default_factory=set)
+
+    @property
+    def room(self) -> int:
+        """How many more QoS 1 publishes the broker takes now: one that gets more than its Receive Maximum ends the connection."""
+        return self.window - len(self.unacknowledged)
 
 
 def check_files(settings: MqttSettings) -> None:
@@ -153,6 +159,8 @@ def publish(
     info = link.client.publish(topic, payload, qos, retain, properties)
     if info.rc != paho.MQTT_ERR_SUCCESS:
         raise BrokerError(f"publishing to {topic} failed: {paho.error_string(info.rc)}")
+    if qos:
+        link.unacknowledged.add(info.mid)
     return info.mid
 
 
@@ -184,6 +192,7 @@ def _listen(link: Link) -> None:
 
     def on_publish(client: Client, data: Any, mid: int, reason: ReasonCode, properties: Properties | None) -> None:
         link.acks.append((mid, reason.value))
+        link.unacknowledged.discard(mid)
 
     def on_message(client: Client, data: Any, message: paho.MQTTMessage) -> None:
         link.messages.append(message)

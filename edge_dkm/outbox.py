@@ -7,6 +7,7 @@ record in the same transaction. The pipeline commits, the publisher reads and ma
 
 from __future__ import annotations
 
+import itertools
 import logging
 import secrets
 import sqlite3
@@ -30,6 +31,7 @@ SCHEMA = """
 CREATE TABLE outbox(seq INTEGER PRIMARY KEY AUTOINCREMENT, camera TEXT NOT NULL, cseq INT, topic TEXT NOT NULL, body BLOB NOT NULL,
                     crc INT NOT NULL, t_wall REAL NOT NULL, t_mono REAL NOT NULL, boot TEXT NOT NULL, sent INT NOT NULL DEFAULT 0);
 CREATE INDEX outbox_unsent ON outbox(seq) WHERE sent = 0;
+CREATE INDEX outbox_gaps ON outbox(camera, seq) WHERE cseq IS NULL;
 CREATE TABLE counter(camera TEXT PRIMARY KEY, n INT NOT NULL);
 CREATE TABLE intent(result_id TEXT PRIMARY KEY, camera TEXT NOT NULL, kind TEXT NOT NULL, trigger_id INT NOT NULL, ts TEXT NOT NULL);
 CREATE TABLE meta(key TEXT PRIMARY KEY, value NOT NULL);
@@ -223,7 +225,8 @@ class Outbox:
                     log.error("outbox row %d (camera %s, cseq %s) is damaged and declared as a gap", seq, camera, cseq)
                     with self._change():
                         self._delete([seq])
-                        self._declare(camera, cseq, cseq, "row_corrupt")
+                        first, last = (cseq, cseq) if cseq else self._hole(camera)
+                        self._declare(camera, first, last, "row_corrupt")
                     continue
                 rows.append(Row(seq, topic, body))
             self._exposed.update(row.seq for row in rows)
@@ -301,7 +304,11 @@ class Outbox:
     def _enforce_size(self) -> None:
         """Back below the limits: first what was acknowledged, then, declared, the oldest of the rest."""
         while sum(self._rows) > self.limits.max_rows or sum(self._bytes) > self.limits.max_bytes:
-            kept = [row[0] for row in self._db.execute("SELECT seq FROM outbox WHERE sent = 1 ORDER BY seq LIMIT 100")]
+            kept = (
+                [row[0] for row in self._db.execute("SELECT seq FROM outbox WHERE sent = 1 ORDER BY seq LIMIT 100")]
+                if self._rows[1]  # without any, the query would read the whole table, at every commit of a long outage
+                else []
+            )
             if kept:
                 excess = max(1, sum(self._rows) - self.limits.max_rows)
                 self._delete(kept[:excess])
@@ -354,14 +361,23 @@ class Outbox:
             ).payload(),
         )
 
+    def _hole(self, camera: str) -> tuple[int, int]:
+        """What a gap record that is damaged itself may have declared: all between the last sent and the first unsent result."""
+        edges = "SELECT MAX(CASE WHEN sent = 1 THEN cseq END), MIN(CASE WHEN sent = 0 THEN cseq END) FROM outbox WHERE camera = ?"
+        before, after = self._db.execute(edges, (camera,)).fetchone()
+        first = (before or 0) + 1
+        return first, max(first, (after or self._counters.get(camera, 0) + 1) - 1)
+
     def _older_than(self, sent: int, hours: float) -> list[tuple[int, str, int]]:
-        """Rows (seq, camera, cseq) of that age. Within one boot the monotonic clock counts: a jump of the wall clock ages nothing."""
-        limit_s = hours * 3600
-        return self._db.execute(
-            "SELECT seq, camera, cseq FROM outbox WHERE sent = ? AND cseq IS NOT NULL "
-            "AND ((boot = ? AND t_mono < ?) OR (boot != ? AND t_wall < ?)) ORDER BY seq",
-            (sent, self._boot, time.monotonic() - limit_s, self._boot, wall_s() - limit_s),
-        ).fetchall()
+        """Rows (seq, camera, cseq) of that age, up to the first younger one. Unsent gap records never age.
+
+        Within one boot the monotonic clock counts: a jump of the wall clock ages nothing.
+        """
+        rows = self._db.execute(
+            "SELECT seq, camera, cseq, t_wall, t_mono, boot FROM outbox "
+            f"WHERE sent = {int(sent)} {'' if sent else 'AND cseq IS NOT NULL'} ORDER BY seq"
+        )
+        return [row[:3] for row in itertools.takewhile(lambda row: self._age_s(*row[3:]) > hours * 3600, rows)]
 
     def _age_s(self, t_wall: float, t_mono: float, boot: str) -> float:
         return max(0.0, time.monotonic() - t_mono if boot == self._boot else wall_s() - t_wall)

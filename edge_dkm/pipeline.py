@@ -169,12 +169,13 @@ class Pipeline:
             return
         self._buffer.put(case, shot, is_part)
 
-    def finish(self, timeout_s: float) -> bool:
-        """Takes no more shots, inspects and commits what waits; False if that takes longer."""
+    def finish(self, patience_s: float) -> bool:
+        """Takes no more shots, inspects and commits what waits; False if nothing is done for `patience_s` (a slow model may take its time)."""
         self._buffer.close()
-        deadline_s = time.monotonic() + timeout_s
         for thread in self._threads:
-            thread.join(max(0.0, deadline_s - time.monotonic()))
+            done = -1
+            while thread.is_alive() and done != (done := sum(stage.health().count for stage in self.stages.values())):
+                thread.join(patience_s)
         return not any(thread.is_alive() for thread in self._threads)
 
     @property

@@ -140,6 +140,7 @@ class Publisher(threading.Thread):
         flight = _Flight(self.outbox)
         while link.lost is None:
             if self._stop_asked.is_set():
+                self._say_pending(link, session)  # why the line has stopped, before that it has
                 self._goodbye(link, session)
                 return
             self._say_pending(link, session)
@@ -161,11 +162,17 @@ class Publisher(threading.Thread):
         with self._lock:
             pending, self._pending = self._pending, {}
         for topic, (qos, retain, build) in pending.items():
-            publish(link, topic, build(session).payload(), qos=qos, retain=retain)
+            if qos and link.room <= 0:
+                with self._lock:
+                    self._pending.setdefault(topic, (qos, retain, build))
+            else:
+                publish(link, topic, build(session).payload(), qos=qos, retain=retain)
 
     def _goodbye(self, link: Link, session: int) -> None:
-        mid = publish(link, self._status_topic, self._status_message("stopped", session).payload(), qos=1, retain=True)
         deadline_s = time.monotonic() + GOODBYE_S
+        while link.lost is None and time.monotonic() < deadline_s and link.room <= 0:
+            pump(link, 0.2)
+        mid = publish(link, self._status_topic, self._status_message("stopped", session).payload(), qos=1, retain=True)
         while link.lost is None and time.monotonic() < deadline_s and all(acked != mid for acked, _ in link.acks):
             pump(link, 0.2)
 
@@ -230,7 +237,7 @@ class _Flight:
         if self._held_until_s and time.monotonic() < self._held_until_s:
             return
         self._held_until_s = 0.0
-        room = (1 if self._probing else link.window) - len(self._sent)
+        room = min(link.room, 1 - len(self._sent)) if self._probing else link.room
         if room > 0:
             for row in self._outbox.unsent(self._after_seq, room):
                 mid = publish(link, row.topic, row.body, qos=1, user=_cloud_event(row))

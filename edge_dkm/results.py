@@ -13,8 +13,6 @@ from edge_dkm.inspector import Inspection, Inspector
 from edge_dkm.message import ClusterInfo, ErrorInfo, ModelInfo, NoveltyInfo, Result, Timing, TriggerInfo
 from edge_dkm.outbox import Draft, Intent, Numbers
 
-MAX_DETAIL = 200  # keeps a result below 1 KiB
-
 _boot_id = functools.cache(boot_id)
 
 
@@ -102,7 +100,7 @@ def without_answer(case: Case, numbers: Numbers, error: InspectionError, model: 
         model=model,
         verdict="error",
         reason="bad_frame" if is_bad else "failed",
-        error=ErrorInfo(code=error.code, detail=error.detail[:MAX_DETAIL]),
+        error=ErrorInfo(code=error.code, detail=error.detail),
     )
 
 

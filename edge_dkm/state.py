@@ -35,8 +35,12 @@ class StateFolder:
             raise LockedError(
                 f"state folder {path} is held by process {holder or '?'}; stop it, or give this line a state folder of its own"
             ) from None
-        os.ftruncate(self._file, 0)
-        os.write(self._file, f"{os.getpid()}\n".encode())
+        try:
+            os.ftruncate(self._file, 0)
+            os.write(self._file, f"{os.getpid()}\n".encode())
+        except OSError as error:
+            os.close(self._file)
+            raise StorageError(f"state folder {path} cannot be written: {error.strerror or error}") from None
 
     @property
     def outbox(self) -> Path:

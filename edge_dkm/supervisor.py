@@ -14,11 +14,12 @@ from types import FrameType
 import numpy as np
 
 from devices.capture import Capture
+from devices.errors import CameraError
 from devices.triggers import Shot
 from edge_dkm import __version__
 from edge_dkm.announcer import Announcer
-from edge_dkm.embedded_broker import EmbeddedBroker
-from edge_dkm.errors import BrokerError, UsageError
+from edge_dkm.embedded_broker import EmbeddedBroker, as_embedded_speaks
+from edge_dkm.errors import BrokerError, EdgeError, UsageError
 from edge_dkm.framing import frame_problem
 from edge_dkm.inspector import Inspector
 from edge_dkm.models import load_models
@@ -31,7 +32,7 @@ from edge_dkm.settings import EMBEDDED, LineSettings
 from edge_dkm.state import StateFolder
 
 HEALTH_EVERY_S = 5.0
-FINISH_S = 10.0  # to inspect and commit what waits, when asked to stop
+FINISH_S = 10.0  # without progress on what waits, when stopping
 STOP_DRAIN_S = 3.0  # to deliver it, when stopped by hand
 
 log = logging.getLogger(__name__)
@@ -76,8 +77,7 @@ def run_line(settings: LineSettings, max_parts: int | None = None) -> LineReport
         if settings.mqtt.host == EMBEDDED:
             broker = EmbeddedBroker(settings.mqtt.effective_port, folder.path / "broker")
             stack.callback(broker.close)
-            if not broker.is_v5:
-                settings = settings.model_copy(update={"mqtt": settings.mqtt.model_copy(update={"version": "3.1.1"})})
+            settings = as_embedded_speaks(settings)
         inspectors = load_models(settings)
         for inspector in set(inspectors.values()):
             stack.callback(inspector.close)
@@ -125,15 +125,17 @@ class Line:
             self.announcer.state("warming_up")
             self.publisher.start()
             self.pipeline.start()
-            self._declare_cut_off_parts()
-            self.announcer.everything()
-            for capture in self.captures.values():
-                capture.start()
+            error: BaseException | None
             try:
+                self._declare_cut_off_parts()
+                self.announcer.everything()
+                for capture in self.captures.values():
+                    capture.start()
                 error = self._watch(max_parts)
-            finally:
-                # Whatever happens from here on, what was inspected is committed first.
-                self._stop_capturing()
+            except Exception as caught:  # noqa: BLE001 (it is raised again, after what was inspected is safe and announced)
+                error = caught
+            unfinished = self._stop_capturing()
+            error = error or unfinished
             drained = self._drain(error)
         report = self._report(time.monotonic() - started_s)
         if error is not None:
@@ -152,13 +154,13 @@ class Line:
         while True:
             if self.pipeline.failed is not None:
                 return self.pipeline.failed
-            error = self._framing_error(checked)
+            error = self._framing_error(checked) or self._lost_camera()
             if error is not None:
                 return error
             if self.stop_asked.is_set() or (max_parts is not None and self.pipeline.committed >= max_parts):
                 return None
             if all(capture.ended.is_set() for capture in self.captures.values()):
-                return next((c.error for c in self.captures.values() if c.error is not None), None)
+                return None
             if time.monotonic() >= health_due_s:
                 health_due_s = time.monotonic() + HEALTH_EVERY_S
                 self.outbox.trim()
@@ -167,7 +169,7 @@ class Line:
             self.attention.wait(max(0.0, health_due_s - time.monotonic()))
             self.attention.clear()
 
-    def _framing_error(self, checked: set[str]) -> UsageError | None:
+    def _framing_error(self, checked: set[str]) -> EdgeError | None:
         """Once per camera, as soon as its frame size is known; info then names it."""
         for name, capture in self.captures.items():
             if name in checked or capture.frame_size is None:
@@ -178,6 +180,10 @@ class Line:
                 return UsageError(problem)
             self.announcer.info()
         return None
+
+    def _lost_camera(self) -> CameraError | None:
+        """A film or folder that failed will not come back; a live camera reconnects by itself."""
+        return next((capture.error for capture in self.captures.values() if capture.error is not None), None)
 
     def _take(self, camera: str, shot: Shot) -> None:
         self.pipeline.take(camera, shot, self.captures[camera].stands_for_part)
@@ -196,11 +202,13 @@ class Line:
                 [restart_draft(intent, self.settings.station, self._result_topic(intent.camera)) for intent in intents]
             )
 
-    def _stop_capturing(self) -> None:
+    def _stop_capturing(self) -> BaseException | None:
+        """Inspects and commits what waits; returns what went wrong with it."""
         for capture in self.captures.values():
             capture.stop()
         if not self.pipeline.finish(FINISH_S):
-            log.warning("inspection did not end within %g s", FINISH_S)
+            return EdgeError(f"inspection made no progress for {FINISH_S:g} s; frames that waited have no result")
+        return self.pipeline.failed
 
     def _drain(self, error: BaseException | None) -> bool:
         self.announcer.state("error" if error else "halted", error)

@@ -7,9 +7,10 @@ import os
 import time
 from collections.abc import Callable
 
+from edge_dkm.embedded_broker import as_embedded_speaks
 from edge_dkm.errors import BrokerError
 from edge_dkm.mqtt import Link, await_connack, open_link, pump
-from edge_dkm.settings import LineSettings
+from edge_dkm.settings import EMBEDDED, LineSettings
 
 RETRY_S = 0.2
 
@@ -20,6 +21,8 @@ def watch(settings: LineSettings, show: Callable[[str, bytes], bool], wait_s: fl
     Raises:
         BrokerError: the broker is not there within `wait_s`, or goes away.
     """
+    if settings.mqtt.host == EMBEDDED:
+        settings = as_embedded_speaks(settings)
     link = _connect(settings, time.monotonic() + wait_s)
     try:
         await_connack(link, settings.mqtt)

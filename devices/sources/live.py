@@ -21,15 +21,17 @@ class LiveCapture:
 
     def __iter__(self) -> Iterator[Frame]:
         index = 0
-        while not self._closed:
-            ok, image = self._capture.read()
-            if not ok:
-                if not self._closed:
-                    raise CameraError("C-LOST", self._lost)
-                break
-            yield Frame.now(np.asarray(image, np.uint8), index)
-            index += 1
-        self._capture.release()
+        try:
+            while not self._closed:
+                ok, image = self._capture.read()
+                if not ok:
+                    if not self._closed:
+                        raise CameraError("C-LOST", self._lost)
+                    break
+                yield Frame.now(np.asarray(image, np.uint8), index)
+                index += 1
+        finally:
+            self._capture.release()  # a device that is held cannot be opened again
 
     def close(self) -> None:
         self._closed = True

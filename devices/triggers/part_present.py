@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field
 
+from devices.errors import CameraError
 from devices.frame import Frame, Roi
 from devices.triggers.base import Shot, Trigger, TriggerSettings
 
@@ -112,6 +113,10 @@ class PartPresentTrigger(Trigger):
             return 0, 0, small[1], small[0]
         left, top = (self.roi[0], self.roi[1]) if self.roi else (0, 0)
         x, y, w, h = self.settings.region
+        if x < left or y < top or x + w > left + shape[1] or y + h > top + shape[0]:
+            raise CameraError(
+                "C-ROI", f"trigger.region {x},{y},{w},{h} does not lie inside the frame of {shape[1]}x{shape[0]}"
+            )
         across, down = small[1] / shape[1], small[0] / shape[0]
         return round((x - left) * across), round((y - top) * down), max(1, round(w * across)), max(1, round(h * down))
 

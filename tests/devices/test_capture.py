@@ -1,12 +1,14 @@
 from __future__ import annotations
 
 import queue
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from devices.capture import CameraStatus, Capture
+from devices.capture import CameraStatus, Capture, build_trigger, observe
+from devices.frame import Frame
 from devices.settings import CameraSettings
 from devices.triggers import Shot
 from tests.devices.conftest import film
@@ -100,3 +102,26 @@ def test_stopping_ends_a_film_that_loops_for_ever(tmp_path: Path) -> None:
     listener.shots.get(timeout=20)
     capture.stop()
     assert capture.ended.wait(20)
+
+
+def test_whatever_a_source_raises_is_the_cameras_error_and_no_silent_end() -> None:
+    listener = Listener()
+    capture = listener.start(source=f"folder:/{'x' * 300}")
+    assert capture.ended.wait(10)
+    assert capture.error is not None and "File name too long" in str(capture.error)
+
+
+def test_a_driver_that_gives_grey_pictures_gives_bad_frames() -> None:
+    class Grey:
+        def __iter__(self) -> Iterator[Frame]:
+            yield Frame.now(np.zeros((48, 64, 1), np.uint8), 0)
+
+        def close(self) -> None: ...
+
+    settings = CameraSettings.model_validate(
+        {"source": "usb:0", "trigger": {"kind": "part_present"}, "roi": [0, 0, 8, 8]}
+    )
+    (seen,) = observe(Grey(), settings, build_trigger(settings))  # type: ignore[arg-type]
+    assert (
+        seen.frame.fault is not None and seen.frame.fault.code == "F-SHAPE" and "(48, 64, 1)" in seen.frame.fault.detail
+    )

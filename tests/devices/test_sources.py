@@ -12,6 +12,7 @@ from devices.errors import CameraError
 from devices.frame import Cropper, Frame, Pacer
 from devices.settings import CameraSettings
 from devices.sources import is_live, mask, open_source, source_kind
+from devices.sources.live import LiveCapture
 from devices.sources.synthetic import Conveyor, ConveyorOptions
 from tests.devices.conftest import film
 from tests.images import write_png
@@ -153,3 +154,24 @@ def test_settings_that_cannot_work_are_refused() -> None:
         )
     with pytest.raises(ValueError, match="trigger kind plc is not built yet"):
         CameraSettings.model_validate({"source": "usb:0", "trigger": {"kind": "plc"}})
+
+
+class FailingDevice:
+    """A driver whose next read fails; only one opener at a time, as V4L2 has it."""
+
+    held = 0
+
+    def __init__(self) -> None:
+        FailingDevice.held += 1
+
+    def read(self) -> tuple[bool, None]:
+        return False, None
+
+    def release(self) -> None:
+        FailingDevice.held -= 1
+
+
+def test_a_live_camera_that_fails_lets_its_device_go_so_that_it_can_be_opened_again() -> None:
+    with pytest.raises(CameraError, match="C-LOST unplugged"):
+        list(LiveCapture(FailingDevice(), "unplugged"))  # type: ignore[arg-type]
+    assert FailingDevice.held == 0

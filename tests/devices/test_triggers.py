@@ -3,6 +3,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from devices.errors import CameraError
 from devices.frame import Frame
 from devices.sources.synthetic import Conveyor, ConveyorOptions
 from devices.triggers import Shot
@@ -129,3 +130,9 @@ def test_the_free_trigger_shoots_every_frame_and_a_timer_one_per_period() -> Non
 @pytest.mark.parametrize("kind", [FreeTrigger, TimerTrigger])
 def test_only_a_part_trigger_stands_for_a_part(kind: type) -> None:
     assert not kind.stands_for_part and PartPresentTrigger.stands_for_part
+
+
+def test_a_region_outside_the_frame_is_an_error_and_no_line_that_waits_for_ever() -> None:
+    trigger = PartPresentTrigger(PartPresentSettings(region=(60, 0, 20, 20)), None)
+    with pytest.raises(CameraError, match=r"C-ROI trigger\.region 60,0,20,20 .* 64x48"):
+        trigger.update(Frame.now(np.zeros((48, 64, 3), np.uint8), 0))

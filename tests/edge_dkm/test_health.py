@@ -42,3 +42,15 @@ def test_a_known_outside_cause_is_degraded_and_not_stuck(clock: Clock) -> None:
     stage = Stage(waiting=lambda: True, excuse=lambda: "broker away")
     clock.now_s += 1000
     assert stage.health().state == "degraded"
+
+
+def test_work_that_came_after_an_idle_hour_is_not_stuck(clock: Clock) -> None:
+    waiting = False
+    stage = Stage(waiting=lambda: waiting)
+    clock.now_s += 3600
+    assert stage.health().state == "idle"
+    waiting = True
+    clock.now_s += 5
+    assert stage.health().state == "ok"
+    clock.now_s += STUCK_S
+    assert stage.health().state == "stuck"

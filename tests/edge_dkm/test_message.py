@@ -10,7 +10,16 @@ import pytest
 from edge_dkm.contract import Cluster
 from edge_dkm.errors import FrameError, InspectionError
 from edge_dkm.inspector import Inspection
-from edge_dkm.message import MAX_RESULT_BYTES, MESSAGES, Gap, ModelInfo, TriggerInfo, json_schema, new_result_id
+from edge_dkm.message import (
+    MAX_RESULT_BYTES,
+    MESSAGES,
+    ErrorInfo,
+    Gap,
+    ModelInfo,
+    TriggerInfo,
+    json_schema,
+    new_result_id,
+)
 from edge_dkm.outbox import Numbers
 from edge_dkm.results import Case, Clockings, completed, without_answer
 
@@ -150,3 +159,8 @@ def test_result_ids_are_uuids_of_version_7_and_differ() -> None:
         and {uuid.UUID(i).version for i in ids} == {7}
         and {uuid.UUID(i).variant for i in ids} == {uuid.RFC_4122}
     )
+
+
+def test_no_detail_can_break_or_outgrow_a_message() -> None:
+    info = ErrorInfo(code="F-DECODE", detail="pi\udce8ce.png: not an image " + "漢" * 300)
+    assert info.detail.startswith("pi?ce.png") and len(info.payload()) < 300

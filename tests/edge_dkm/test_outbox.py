@@ -292,3 +292,28 @@ def test_what_was_committed_is_there_after_kill_9(tmp_path: Path) -> None:
         }  # one more may be committed and not yet said
         last = len(stored)
         box.close()
+
+
+def test_a_gap_record_that_is_damaged_itself_leaves_no_undeclared_hole(
+    open_outbox: Callable[..., Outbox], tmp_path: Path
+) -> None:
+    box = open_outbox(max_rows=10)
+    box.commit([draft(result_id=str(n)) for n in range(15)])
+    declared = gaps(box)[0]
+    box.close()
+    with closing(sqlite3.connect(tmp_path / "outbox.db")) as db:
+        db.execute("UPDATE outbox SET body = 'nonsense' WHERE cseq IS NULL")
+        db.commit()
+    box = open_outbox(max_rows=10)
+    box.unsent(0, 100)
+    (camera, first, last, reason) = gaps(box)[0]
+    assert (camera, first, reason) == ("top", 1, "row_corrupt") and last >= declared[2]
+    assert last == cseqs(box)[0] - 1
+
+
+def test_sent_gap_records_are_trimmed_like_any_sent_row(open_outbox: Callable[..., Outbox]) -> None:
+    box = open_outbox(max_rows=10, keep_h=0)
+    box.commit([draft(result_id=str(n)) for n in range(15)])
+    box.mark_sent([row.seq for row in box.unsent(0, 100)])
+    box.trim()
+    assert box.status().sent_rows == 0

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,9 +16,13 @@ import jsonschema
 import numpy as np
 import pytest
 
-from edge_dkm.errors import BrokerError, LockedError, ModelError, UsageError
+from devices.errors import CameraError
+from edge_dkm import supervisor
+from edge_dkm.errors import BrokerError, LockedError, ModelError, StorageError, UsageError
+from edge_dkm.inspector import Inspector
 from edge_dkm.message import json_schema
 from edge_dkm.outbox import Intent, Outbox
+from edge_dkm.pipeline import Pipeline
 from edge_dkm.settings import LineSettings
 from edge_dkm.state import StateFolder
 from edge_dkm.supervisor import run_line
@@ -336,3 +342,86 @@ def test_the_embedded_broker_is_enough_for_a_first_try(
 def test_a_port_that_is_taken_is_said_before_anything_starts(mosquitto: Mosquitto, make_line: Make) -> None:
     with pytest.raises(BrokerError, match=f"port {mosquitto.port} for the embedded broker is taken"):
         run_line(make_line(mosquitto.port, mqtt=f"{{host: embedded, port: {mosquitto.port}}}"))
+
+
+def slow_down(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A fifth of a second per inspection."""
+    inspect = Inspector.inspect
+
+    def slow_inspect(inspector: Inspector, frame: Any) -> Any:
+        threading.Event().wait(0.2)
+        return inspect(inspector, frame)
+
+    monkeypatch.setattr(Inspector, "inspect", slow_inspect)
+
+
+def test_a_disk_that_fails_while_the_line_ends_is_an_error_and_not_a_success(
+    mosquitto: Mosquitto, make_line: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    commit, ended = Outbox.commit, Pipeline.finish
+    left = iter(range(100))
+
+    def finish(pipeline: Pipeline, patience_s: float) -> bool:
+        nonlocal left
+        left = iter(())  # from here on the disk is full
+        return ended(pipeline, patience_s)
+
+    def failing(outbox: Outbox, drafts: Any) -> Any:
+        if next(left, None) is None:
+            raise StorageError("disk full")
+        return commit(outbox, drafts)
+
+    monkeypatch.setattr(Outbox, "commit", failing)
+    monkeypatch.setattr(Pipeline, "finish", finish)
+    slow_down(monkeypatch)
+    with pytest.raises(StorageError, match="disk full"):
+        run_line(make_line(mosquitto.port))
+
+
+def test_a_film_that_is_not_there_stops_a_line_that_has_a_live_camera_too(
+    mosquitto: Mosquitto, make_line: Make
+) -> None:
+    cameras = "{live: {source: 'synthetic:parts=5', loop: true, framing: any}, film: {source: 'folder:/nowhere'}}"
+    with pytest.raises(CameraError, match="C-NODEV folder /nowhere"):
+        run_line(make_line(mosquitto.port, cameras=cameras))
+
+
+def test_a_slow_model_loses_nothing_at_the_end_of_recorded_material(
+    mosquitto: Mosquitto, subscribe: Subscribe, make_line: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    subscribe(mosquitto.port)
+    monkeypatch.setattr(supervisor, "FINISH_S", 0.5)  # less than all take, more than one does
+    slow_down(monkeypatch)
+    assert run_line(make_line(mosquitto.port)).parts == 12
+
+
+def test_a_file_name_in_another_encoding_is_a_bad_frame(
+    mosquitto: Mosquitto, subscribe: Subscribe, make_line: Make, part_folder: Path
+) -> None:
+    Path(os.fsdecode(os.fsencode(part_folder) + b"/pi\xe8ce.png")).write_bytes(b"half a file")
+    subscriber = subscribe(mosquitto.port)
+    report = run_line(make_line(mosquitto.port))
+    assert (report.parts, report.bad, report.unsent) == (12, 1, 0)
+    wait_until(lambda: len(subscriber.results()) == 13)
+
+
+def test_an_idle_line_says_halted_before_it_says_goodbye(
+    mosquitto: Mosquitto, subscribe: Subscribe, make_line: Make, tmp_path: Path
+) -> None:
+    subscriber = subscribe(mosquitto.port)
+    cameras = f"{{top: {{source: 'rtsp://127.0.0.1:{free_port()}/x'}}}}"
+    process = start(line_file(make_line(mosquitto.port, cameras=cameras), tmp_path / "line.yaml"))
+    wait_until(lambda: "degraded" in [m["state"] for m in subscriber.of("dkm.state/1")], timeout_s=40)
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=30)
+    wait_until(lambda: subscriber.of("dkm.status/1")[-1]["state"] == "stopped")
+    assert subscriber.of("dkm.state/1")[-1]["state"] == "halted"
+
+
+def test_a_broker_with_a_small_window_still_gets_everything(
+    start_broker: Callable[..., Mosquitto], subscribe: Subscribe, make_line: Make
+) -> None:
+    broker = start_broker("allow_anonymous true\nmax_inflight_messages 1\n")
+    subscriber = subscribe(broker.port)
+    assert run_line(make_line(broker.port)).unsent == 0
+    wait_until(lambda: len(subscriber.results()) == 12)
