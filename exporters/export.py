@@ -27,6 +27,7 @@ from trainer import golden
 from trainer.artifact import Run
 from trainer.codebook import set_calibration
 from trainer.novelty import NoveltySettings
+from trainer.preprocess import AliasError
 
 
 @dataclass(frozen=True)
@@ -107,7 +108,10 @@ def _frame(run: Run, options: ExportOptions) -> tuple[int, int] | None:
             )
         return size
     if options.frame is not None:
-        run.model.preprocess.check_step(*options.frame)
+        try:
+            run.model.preprocess.check_step(*options.frame)
+        except AliasError as error:
+            raise ExportError(f"--frame: {error}") from None
         return options.frame
     if preprocess.resize == "matmul" or (profile is not None and profile.fixed_frame):
         common = run.info["input"]["roi"][2:] if run.info["input"]["roi"] else run.info["input"]["frame"]
@@ -127,7 +131,7 @@ def _calibrate(run: Run, rejected: frozenset[int]) -> dict[str, Any]:
     return {
         **run.info["novelty"],
         **promise,
-        "n_calib": len(calibration.scores),
+        "n_calib": calibration.parts,
         "groups": calibration.groups,
         "scale": calibration.scale,
     }

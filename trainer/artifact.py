@@ -176,7 +176,7 @@ def load_labels(folder: Path, n_clusters: int) -> Labels:
     unknown = [k for k in labels.clusters if not 0 <= k < n_clusters]
     if unknown:
         raise ConfigError([f"{path} clusters.{unknown[0]}: there is no such cluster, expected 0 to {n_clusters - 1}"])
-    names = [label.name or f"cluster-{k}" for k, label in labels.clusters.items()]
+    names = [labels.clusters.get(k, ClusterLabel()).name or f"cluster-{k}" for k in range(n_clusters)]
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
         raise ConfigError([f"{path} gives the name '{twice[0]}' to two clusters, expected a name of its own for each"])

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from configs.command import Parser, add_command, add_overrides, guarded, show
+from configs.command import INTERRUPTED, Parser, add_command, add_overrides, guarded, show
 
 PLANNED = ("pilot", "select-k", "sweep", "label", "ingest", "init")
 
@@ -72,8 +73,8 @@ def _fit(arguments: argparse.Namespace) -> int:
             *(part for item in arguments.overrides for part in ("--set", item)),
             "--resume",
         ]
-        print(f"dkm-train: {interruption}; go on with: {' '.join(again)}", file=sys.stderr)
-        return 1
+        print(f"dkm-train: {interruption}; go on with: {shlex.join(again)}", file=sys.stderr)
+        return INTERRUPTED
     train = run.info["train"]
     lines = [
         f"run       {run.path}  ({train['minutes']:g} min, {train['n']} images, {train['skipped']} skipped)",

@@ -125,7 +125,7 @@ def _assemble(images: ImageSet, settings: DataSettings, decoded: _Decoded) -> Da
     labels = [item.label for item in decoded.items]
     classes = sorted({label for label in labels if label is not None})
     index = {name: n for n, name in enumerate(classes)}
-    known_good = any(_is_good(label, settings.good) for label in labels)
+    known_good = has_known_good(classes, settings.good)
     group_ids = {group: n for n, group in enumerate(dict.fromkeys(decoded.groups))}
     common = next(iter(decoded.sizes)) if len(decoded.sizes) == 1 else None
     return Dataset(
@@ -142,6 +142,11 @@ def _assemble(images: ImageSet, settings: DataSettings, decoded: _Decoded) -> Da
         roi=images.roi,
         frame=images.frame or ((common[1], common[0]) if common else None),
     )
+
+
+def has_known_good(classes: list[str], good: str) -> bool:
+    """Whether one of the class folders is that of known good parts."""
+    return any(_is_good(name, good) for name in classes)
 
 
 def _is_good(label: str | None, good: str) -> bool:

@@ -21,6 +21,7 @@ from trainer.errors import DataError
 from trainer.images import DataSettings, Item, open_images
 from trainer.model import ClusterModel
 
+NOVEL_FOLDER = "novel"
 Reader = Callable[[Sequence[Item]], Iterator[Item]]
 
 
@@ -147,6 +148,7 @@ def sort_into(rows: list[Prediction], source: Path, folder: Path) -> tuple[int, 
         DataError: the source is not a folder or list of files.
     """
     base = source if source.is_dir() else source.parent
+    folders = _cluster_folders(rows)
     linked = copied = 0
     for row in rows:
         original = base / row.file
@@ -154,9 +156,11 @@ def sort_into(rows: list[Prediction], source: Path, folder: Path) -> tuple[int, 
             raise DataError(
                 f"{original} is no image file; --sort-into works on folders and lists, not on {source.suffix or source.name}"
             )
-        for target_folder in (folder / _slug(row.name), *([folder / "novel"] if row.is_novel else [])):
-            target_folder.mkdir(parents=True, exist_ok=True)
-            target = target_folder / row.file.replace("/", "__")
+        for name in (folders[row.cluster], *([NOVEL_FOLDER] if row.is_novel else [])):
+            target = folder / name / row.file.replace("/", "__")
+            if target.exists() and target.samefile(original):
+                continue  # sorted before, or sorted into itself: the user's own file
+            target.parent.mkdir(parents=True, exist_ok=True)
             target.unlink(missing_ok=True)
             try:
                 target.hardlink_to(original)
@@ -165,6 +169,13 @@ def sort_into(rows: list[Prediction], source: Path, folder: Path) -> tuple[int, 
                 shutil.copy2(original, target)
                 copied += 1
     return linked, copied
+
+
+def _cluster_folders(rows: Sequence[Prediction]) -> dict[int, str]:
+    """A folder name per cluster id; the id is added where two names would share a folder."""
+    slugs = {row.cluster: _slug(row.name) for row in rows}
+    taken = [NOVEL_FOLDER, *slugs.values()]
+    return {k: slug if taken.count(slug) == 1 else f"{slug}-{k}" for k, slug in slugs.items()}
 
 
 def _slug(name: str) -> str:

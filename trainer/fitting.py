@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import nn
 
 from configs import Sources, find, load_settings
 from trainer.artifact import Run, build_model, save_run, write_config
@@ -64,7 +65,7 @@ def fit(config: str | Path | TrainSettings, options: FitOptions | None = None) -
         name = find(config, "train").stem
     folder = options.out or Path("runs") / name
     _claim(folder, settings, options)
-    started_s = time.monotonic() - (_earlier_s(folder) if options.resume else 0)
+    started_s = time.monotonic()
     device = _device(settings.train.device)
     with _determinism(settings.train.deterministic):
         torch.manual_seed(settings.train.seed)
@@ -74,7 +75,7 @@ def fit(config: str | Path | TrainSettings, options: FitOptions | None = None) -
         model.encoder.load_pretrained()
         model.preprocess.fit_normalise(dataset.pixels[torch.from_numpy(split.train)])
         learner = Learner(model, dataset.pixels[torch.from_numpy(split.train)], settings.train.seed)
-        _train(settings, learner, dataset, folder, options)
+        started_s -= _train(settings, learner, dataset, folder, options)
         run, outcome = _finish(settings, learner, dataset, split)
     run.info["train"]["minutes"] = round((time.monotonic() - started_s) / 60, 2)
     save_images([outcome.dataset.items[n] for n in choose(run.model, outcome.z)], folder / "golden")
@@ -90,20 +91,24 @@ def fit(config: str | Path | TrainSettings, options: FitOptions | None = None) -
 def _claim(folder: Path, settings: TrainSettings, options: FitOptions) -> None:
     if (folder / "model.json").exists():
         raise DataError(f"{folder} already holds a complete run; choose another place with --out, or delete it")
-    if (folder / "checkpoints" / NAME).exists() and not options.resume:
+    if (folder / "checkpoints" / NAME).exists():
+        if options.resume:
+            return  # its config.yaml is that of the checkpoint, which refuses other settings
         raise DataError(f"{folder} holds an interrupted run; --resume continues it, --out starts another")
     try:
         write_config(settings, folder)
         (folder / "checkpoints").mkdir(exist_ok=True)
+        (folder / "metrics.jsonl").unlink(missing_ok=True)  # of an attempt that did not get to a checkpoint
     except OSError as error:
         raise DataError(f"{folder} cannot be written: {error.strerror or error}") from None
 
 
-def _earlier_s(folder: Path) -> float:
-    """Seconds of the epochs that ran before an interruption."""
-    path = folder / "metrics.jsonl"
-    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-    return sum(float(json.loads(line).get("seconds", 0)) for line in lines if line.endswith("}"))
+def _forget_after(path: Path, done: set[str], stage: str, epoch: int) -> float:
+    """Drops the lines of epochs that a resumed run repeats; returns the seconds of those that stay."""
+    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
+    kept = [row for row in rows if row["stage"] in done or (row["stage"] == stage and row["epoch"] < epoch)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
+    return float(sum(row.get("seconds", 0) for row in kept))
 
 
 def _load(settings: TrainSettings, progress: Progress) -> tuple[Dataset, Split]:
@@ -140,8 +145,16 @@ def _finish(settings: TrainSettings, learner: Learner, dataset: Dataset, split: 
     return Run(None, settings, model, parts, info, info["metrics"]), outcome
 
 
-def _train(settings: TrainSettings, learner: Learner, dataset: Dataset, folder: Path, options: FitOptions) -> None:
-    """Pre-training, initial centroids, the method's stages; goes on from a checkpoint where there is one and `resume` is set."""
+def _train(settings: TrainSettings, learner: Learner, dataset: Dataset, folder: Path, options: FitOptions) -> float:
+    """Pre-training, initial centroids, the method's stages; goes on from a checkpoint where there is one and `resume` is set.
+
+    Returns:
+        Seconds of the epochs that ran before the checkpoint.
+    """
+    if len(learner) < 2 and any(isinstance(module, nn.BatchNorm2d) for module in learner.model.encoder.modules()):
+        raise DataError(
+            f"{settings.data.path} leaves 1 image to train on, but encoder {settings.encoder.name} normalises over a batch; expected at least 2"
+        )
     method = METHODS[settings.method.name](settings.method, learner, settings.train.batch_size)
 
     def init() -> None:
@@ -161,8 +174,14 @@ def _train(settings: TrainSettings, learner: Learner, dataset: Dataset, folder: 
         settings.train.checkpoint_every_s,
         Position(0, 0, digest, dataset.manifest_sha256),
     )
+    earlier_s = 0.0
     if checkpoint is not None:
         checkpoint.restore(learner, method)
+        number, steps = checkpoint.position.stage, max(1, -(-len(learner) // settings.train.batch_size))
+        done = {stage.name for stage in stages[:number]}
+        earlier_s = _forget_after(
+            folder / "metrics.jsonl", done, stages[number].name, checkpoint.position.step // steps
+        )
         options.progress.say(
             f"resuming stage {stages[checkpoint.position.stage].name} at step {checkpoint.position.step}"
         )
@@ -172,6 +191,7 @@ def _train(settings: TrainSettings, learner: Learner, dataset: Dataset, folder: 
                 loop.run(n, stage, None)
             elif n == checkpoint.position.stage:
                 loop.run(n, stage, checkpoint)
+    return earlier_s
 
 
 def _device(name: str) -> torch.device:

@@ -13,6 +13,7 @@ import torch
 from numpy.typing import NDArray
 
 from trainer.distance import squared_distances_matmul
+from trainer.errors import ArtifactError
 from trainer.images import BadImageError, Item, decode
 from trainer.model import ClusterModel
 
@@ -53,5 +54,10 @@ def save_images(items: list[Item], folder: Path) -> None:
 
 def load_images(folder: Path) -> list[NDArray[np.uint8]]:
     """The saved images, (H, W, 3) uint8 BGR each."""
-    images = [decode(path.read_bytes()) for path in sorted(folder.glob("*.png"))]
+    images = []
+    for path in sorted(folder.glob("*.png")):
+        try:
+            images.append(decode(path.read_bytes()))
+        except BadImageError as error:
+            raise ArtifactError(f"golden image {path} {error}; delete it, the others serve") from None
     return [np.repeat(image, 3, axis=2) if image.shape[2] == 1 else image for image in images]

@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import csv
 import hashlib
+import os
 import zipfile
+import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, cast
 
 import cv2
 import numpy as np
@@ -81,6 +83,15 @@ def open_images(settings: DataSettings) -> ImageSet:
             f"data.path is {path}, which does not exist (looked in {Path.cwd()}); point it at a folder of images, an .npz, a list or a film"
         )
     kind = _kind_of(path) if settings.kind == "auto" else settings.kind
+    for name, home in (("split", "npz"), ("every", "film")):
+        if (
+            name in settings.model_fields_set
+            and getattr(settings, name) != DataSettings.model_fields[name].default
+            and kind != home
+        ):
+            raise DataError(
+                f"data.{name} is {getattr(settings, name)}, which is for an {home} only, but data.path {path} is a {kind}; leave it out"
+            )
     found = {"folder": _folder, "record": _record, "npz": _npz, "list": _list, "film": _film}[kind](path, settings)
     items = found.items
     if settings.classes is not None:
@@ -101,7 +112,7 @@ def open_images(settings: DataSettings) -> ImageSet:
 def _kind_of(path: Path) -> str:
     if path.is_dir():
         index = path / "index.csv"
-        return "record" if index.is_file() and set(_header(index)) >= RECORD_COLUMNS else "folder"
+        return "record" if index.is_file() and set(next(iter(_cells(index)), [])) >= RECORD_COLUMNS else "folder"
     if path.suffix == ".npz":
         return "npz"
     if path.suffix.lower() in FILM_SUFFIXES:
@@ -113,11 +124,6 @@ def _kind_of(path: Path) -> str:
     )
 
 
-def _header(path: Path) -> list[str]:
-    with path.open(encoding="utf-8-sig", newline="") as file:
-        return next(csv.reader(file), [])
-
-
 def _folder(path: Path, settings: DataSettings) -> ImageSet:
     files = sorted(
         f for f in path.rglob("*") if f.suffix.lower() in SUFFIXES and f.is_file() and not f.name.startswith(".")
@@ -127,31 +133,45 @@ def _folder(path: Path, settings: DataSettings) -> ImageSet:
     return ImageSet(
         str(path),
         [
-            Item(n.as_posix(), label, n.as_posix(), _file_reader(f))
+            Item(_printable(n.as_posix()), label and _printable(label), _printable(n.as_posix()), _file_reader(f))
             for f, n, label in zip(files, names, labels, strict=True)
         ],
     )
 
 
+def _printable(name: str) -> str:
+    """A name that is not UTF-8 on disk, as it can be written into a table."""
+    return os.fsencode(name).decode("utf-8", "replace")
+
+
 def _record(path: Path, settings: DataSettings) -> ImageSet:
-    with (path / "index.csv").open(encoding="utf-8-sig", newline="") as file:
-        rows = list(csv.DictReader(file))
+    rows = _table(path / "index.csv")
     items = [
         Item(row["file"], None, f"{row['camera']}/{row['group']}", _file_reader(path / row["file"])) for row in rows
     ]
-    rois = {row["roi"] for row in rows if row.get("roi")}
-    frames = {row["frame"] for row in rows if row.get("frame")}
-    roi = tuple(int(v) for v in next(iter(rois)).split()) if len(rois) == 1 else None
-    frame = tuple(int(v) for v in next(iter(frames)).split("x")) if len(frames) == 1 else None
+    roi = _numbers({row["roi"] for row in rows if row.get("roi")}, " ", 4, path)
+    frame = _numbers({row["frame"] for row in rows if row.get("frame")}, "x", 2, path)
     return ImageSet(
-        str(path), items, roi if roi and len(roi) == 4 else None, frame if frame and len(frame) == 2 else None
+        str(path), items, cast("tuple[int, int, int, int] | None", roi), cast("tuple[int, int] | None", frame)
     )
+
+
+def _numbers(found: set[str], separator: str, count: int, path: Path) -> tuple[int, ...] | None:
+    """The one value of a column that all rows share, as numbers; None where rows differ or there is none."""
+    if len(found) != 1:
+        return None
+    (text,) = found
+    parts = [part for part in text.split(separator) if part]
+    if len(parts) != count or not all(part.isdigit() for part in parts):
+        raise DataError(f"{path / 'index.csv'} has '{text}', expected {count} whole numbers joined by '{separator}'")
+    return tuple(int(part) for part in parts)
 
 
 def _list(path: Path, settings: DataSettings) -> ImageSet:
     """One image per line, `file[,label[,group]]`, or a CSV whose header names file (or path), label (or class) and group."""
-    with path.open(encoding="utf-8-sig", newline="") as file:
-        rows = [row for row in csv.reader(file) if row and not row[0].startswith("#")]
+    # A name may hold a comma or begin with #: what is there as a file is that file.
+    rows = [[line] if (path.parent / (line := ",".join(row))).is_file() else row for row in _cells(path)]
+    rows = [row for row in rows if not row[0].startswith("#") or (path.parent / row[0]).is_file()]
     header = [name.strip().lower() for name in rows[0]] if rows else []
     columns = {
         role: next((header.index(name) for name in names if name in header), None)
@@ -178,15 +198,23 @@ def _npz(path: Path, settings: DataSettings) -> ImageSet:
     try:
         with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
             arrays = {name: archive[name] for name in ("X", "y", "split", "classes") if name in archive}
-    except (OSError, ValueError, zipfile.BadZipFile) as error:
+    except (OSError, ValueError, TypeError, EOFError, zlib.error, zipfile.BadZipFile) as error:
         raise DataError(f"data.path is {path}, which is no readable .npz: {error}") from None
     x = arrays.get("X")
     if x is None or x.dtype != np.uint8 or x.ndim not in {3, 4} or (x.ndim == 4 and x.shape[3] not in {1, 3}):
         shown = "no array X" if x is None else f"X of {x.dtype} {x.shape}"
         raise DataError(f"{path} has {shown}, expected X uint8 (N, H, W) grey or (N, H, W, 3) BGR")
     y = arrays.get("y")
-    if y is not None and len(y) != len(x):
-        raise DataError(f"{path} has {len(x)} images X but {len(y)} labels y")
+    for name in ("y", "split"):
+        if name in arrays and arrays[name].shape != (len(x),):
+            raise DataError(f"{path} has {len(x)} images X but {name} of {arrays[name].shape}, expected ({len(x)},)")
+    if (
+        y is not None
+        and "classes" in arrays
+        and len(y)
+        and not 0 <= int(y.min()) <= int(y.max()) < len(arrays["classes"])
+    ):
+        raise DataError(f"{path} has labels y of {y.min()} to {y.max()}, but {len(arrays['classes'])} classes")
     keep = np.arange(len(x))
     if settings.split != "all":
         if "split" not in arrays:
@@ -234,22 +262,64 @@ class _FilmReader:
 
 
 def _with_groups(items: list[Item], path: Path, column: str) -> list[Item]:
-    """Matches by the longest common tail of the path, so that a groups file written elsewhere still fits."""
+    """Matches a whole path, else its tail: a groups file that was written above or below this folder still fits."""
     if not path.is_file():
         raise DataError(f"data.groups is {path}, which does not exist")
-    with path.open(encoding="utf-8-sig", newline="") as file:
-        rows = list(csv.DictReader(file))
+    rows = _table(path)
     name_column = next((c for c in ("path", "file") if rows and c in rows[0]), None)
     if not rows or name_column is None or column not in rows[0]:
         raise DataError(
             f"{path} has the columns {', '.join(rows[0]) if rows else 'none'}, expected path (or file) and {column}"
         )
-    groups = {row[name_column]: row[column] for row in rows}
-    groups |= {"/".join(name.split("/")[1:]): group for name, group in list(groups.items()) if "/" in name}
-    missing = [item.name for item in items if item.name not in groups]
+    exact = {row[name_column]: row[column] for row in rows}
+    by_tail: dict[str, set[str]] = {}
+    for name, group in exact.items():
+        for tail in _tails(name):
+            by_tail.setdefault(tail, set()).add(group)
+    groups = {item.name: _group_of(item.name, exact, by_tail, path) for item in items}
+    missing = [name for name, group in groups.items() if group is None]
     if missing:
         raise DataError(f"{path} names no group for {missing[0]} ({len(missing)} of {len(items)} images have none)")
-    return [Item(item.name, item.label, groups[item.name], item.read) for item in items]
+    return [Item(item.name, item.label, groups[item.name] or "", item.read) for item in items]
+
+
+def _tails(name: str) -> list[str]:
+    """`a/b/c.png` -> `b/c.png`, `c.png`; the longest first."""
+    parts = name.split("/")
+    return ["/".join(parts[n:]) for n in range(1, len(parts))]
+
+
+def _group_of(name: str, exact: dict[str, str], by_tail: dict[str, set[str]], path: Path) -> str | None:
+    if name in exact:
+        return exact[name]
+    found = by_tail.get(name, set())
+    if len(found) > 1:
+        raise DataError(
+            f"{path} gives {name} the groups {', '.join(sorted(found))} (its rows name several folders that hold one); "
+            f"point data.path at the folder that its paths start from"
+        )
+    return next(iter(found), None) or next((exact[tail] for tail in _tails(name) if tail in exact), None)
+
+
+def _table(path: Path) -> list[dict[str, str]]:
+    """The rows of a CSV with a header."""
+    rows = _cells(path)
+    return [dict(zip(rows[0], row, strict=False)) for row in rows[1:] if len(row) >= len(rows[0])] if rows else []
+
+
+def _cells(path: Path) -> list[list[str]]:
+    """The rows of a CSV.
+
+    Raises:
+        DataError: it cannot be read, or is not UTF-8.
+    """
+    try:
+        with path.open(encoding="utf-8-sig", newline="") as file:
+            return [row for row in csv.reader(file) if row]
+    except UnicodeDecodeError:
+        raise DataError(f"{path} is not UTF-8; save it as UTF-8") from None
+    except (OSError, csv.Error) as error:
+        raise DataError(f"{path} cannot be read: {error}") from None
 
 
 def _array_reader(x: NDArray[np.uint8], n: int) -> Callable[[], tuple[Image, str]]:

@@ -44,9 +44,10 @@ def contingency(truth: Labels, predicted: Labels) -> NDArray[np.int64]:
 
 def silhouette(z: NDArray[np.float32], ids: Labels, seed: int = 0, sample: int = 5000) -> float | None:
     """Mean silhouette in the space of `z` (N, D), on a sample; None where there is one cluster. Compare methods in ONE fixed space only."""
-    if len(np.unique(ids)) < 2 or len(ids) <= len(np.unique(ids)):
-        return None
-    return float(silhouette_score(z, ids, sample_size=min(sample, len(z)), random_state=seed))
+    drawn = np.random.default_rng(seed).permutation(len(z))[:sample]
+    z, ids = z[drawn], ids[drawn]  # a rare cluster may not be drawn at all
+    found = len(np.unique(ids))
+    return float(silhouette_score(z, ids)) if 2 <= found < len(ids) else None
 
 
 def occupancy(ids: Labels, n_clusters: int) -> NDArray[np.int64]:

@@ -68,12 +68,16 @@ def radii(distance: Tensor, ids: Tensor, n_clusters: int) -> Tensor:
 
 @dataclass(frozen=True)
 class Calibration:
-    """`scores` (M,) sorted with their `weights` (M,); `scale` is the edge; `promised_frr` >= the target where groups are too few."""
+    """`scores` (M,) sorted with their `weights` (M,); `scale` is the edge; `promised_frr` >= the target where groups are too few.
+
+    `parts` counts what was calibrated on; M is that, or `groups` with `unit: group`.
+    """
 
     scores: NDArray[np.float32]
     weights: NDArray[np.float32]
     scale: float
     groups: int
+    parts: int
     target_frr: float
     promised_frr: float
 
@@ -85,6 +89,7 @@ class Calibration:
 
 def calibrate(s: NDArray[np.float32], groups: NDArray[np.int64], settings: NoveltySettings) -> Calibration:
     """The edge for the target rate from raw scores s (M,) of held-out good parts and their groups (M,)."""
+    n_parts = len(s)
     if settings.unit == "group":
         unique, index = np.unique(groups, return_inverse=True)
         strangest = np.full(len(unique), -np.inf, np.float32)
@@ -105,6 +110,7 @@ def calibrate(s: NDArray[np.float32], groups: NDArray[np.int64], settings: Novel
         weights.astype(np.float32),
         max(scale, RADIUS_FLOOR),
         n_groups,
+        n_parts,
         settings.target_frr,
         promised,
     )

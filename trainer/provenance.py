@@ -17,7 +17,7 @@ from torch import Tensor
 from trainer import metric
 from trainer.artifact import SCHEMA
 from trainer.codebook import CalibrationParts
-from trainer.data import Dataset
+from trainer.data import Dataset, has_known_good
 from trainer.model import ClusterModel
 from trainer.novelty import Calibration, groups_needed
 from trainer.settings import TrainSettings
@@ -95,6 +95,7 @@ def describe(
             "n_left_out": len(split.left_out),
             "skipped": len(dataset.skipped),
             "classes": dataset.classes,
+            "known_good": has_known_good(dataset.classes, settings.data.good),
             "manifest_sha256": dataset.manifest_sha256,
             "seed": settings.train.seed,
             "git": _commit(),
@@ -108,7 +109,8 @@ def novelty_sentence(novelty: dict[str, Any]) -> str:
     """What the threshold promises, in one sentence for people."""
     if novelty["kind"] == "uncalibrated":
         return "novelty is not calibrated (novelty: none): the threshold was taken from training parts and promises nothing"
-    promise = f"at most {novelty['promised_frr']:.2%} of good parts of new groups will be called novel, in the long run"
+    what = "new groups will hold a part that is" if novelty["unit"] == "group" else "good parts of new groups will be"
+    promise = f"at most {novelty['promised_frr']:.2%} of {what} called novel, in the long run"
     if novelty["promised_frr"] > novelty["target_frr"]:
         return (
             f"WARNING: {novelty['groups']} groups cannot promise the target of {novelty['target_frr']:.2%} "
@@ -124,7 +126,7 @@ def _novelty(settings: TrainSettings, parts: CalibrationParts, calibration: Cali
         "kind": f"conformal-{unit}" if parts.is_held_out else "uncalibrated",
         "threshold": 1.0,
         **(promise if parts.is_held_out else {}),  # training parts promise nothing
-        "n_calib": len(parts.score),
+        "n_calib": calibration.parts,
         "groups": calibration.groups,
         "scale": calibration.scale,
         "unit": unit,

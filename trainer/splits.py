@@ -18,9 +18,9 @@ Index = NDArray[np.int64]
 class Shares(Settings):
     """Shares of the groups of good parts."""
 
-    train: float = Field(0.6, gt=0, le=1)
-    radius: float = Field(0.1, ge=0, lt=1)
-    calibration: float = Field(0.3, ge=0, lt=1)
+    train: float = Field(0.6, gt=0, lt=1)
+    radius: float = Field(0.1, gt=0, lt=1)
+    calibration: float = Field(0.3, gt=0, lt=1)
 
     @model_validator(mode="after")
     def _sum_to_one(self) -> Shares:

@@ -40,6 +40,12 @@ def test_a_wrong_labels_file_is_one_line(copied_run: Path, text: str, message: s
         _ = load_run(copied_run).clusters
 
 
+def test_a_name_that_another_cluster_has_by_default_is_refused(copied_run: Path) -> None:
+    (copied_run / "labels.yaml").write_text("clusters: {0: {name: cluster-1}}")
+    with pytest.raises(ConfigError, match="gives the name 'cluster-1' to two clusters"):
+        _ = load_run(copied_run).clusters
+
+
 def test_a_run_without_labels_file_has_plain_names(copied_run: Path) -> None:
     (copied_run / "labels.yaml").unlink()
     assert [row["name"] for row in load_run(copied_run).clusters] == ["cluster-0", "cluster-1", "cluster-2"]

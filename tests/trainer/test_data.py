@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -190,3 +191,62 @@ def test_the_manifest_digest_changes_with_content_and_not_otherwise(tmp_path: Pa
     assert load(tmp_path).manifest_sha256 == first
     write_png(tmp_path / "a.png", picture(2))
     assert load(tmp_path).manifest_sha256 != first
+
+
+def test_groups_of_two_folders_that_end_alike_are_not_mixed_up(tmp_path: Path) -> None:
+    write_png(tmp_path / "d" / "good" / "0.png", picture(1))
+    groups = tmp_path / "groups.csv"
+    groups.write_text("path,group\ntrain/good/0.png,A\ntest/good/0.png,Z\n")
+    with pytest.raises(DataError, match=r"gives good/0\.png the groups A, Z"):
+        load(tmp_path / "d", groups=str(groups))
+    groups.write_text("path,group\nother/1.png,A\n0.png,B\n")
+    write_png(tmp_path / "d" / "good" / "1.png", picture(2))
+    with pytest.raises(DataError, match=r"names no group for good/1\.png"):  # other/1.png is another file
+        load(tmp_path / "d", groups=str(groups))
+
+
+def test_a_file_name_in_another_encoding_and_a_list_in_another_encoding(tmp_path: Path) -> None:
+    write_png(tmp_path / "d" / "a.png", picture(1))
+    (tmp_path / "d" / "a.png").rename(os.fsdecode(os.fsencode(tmp_path / "d") + b"/\xe4hre.png"))
+    assert [item.name for item in load(tmp_path / "d").items] == ["\ufffdhre.png"]
+    (tmp_path / "list.txt").write_bytes(b"\xe4hre.png\n")
+    with pytest.raises(DataError, match="is not UTF-8; save it as UTF-8"):
+        load(tmp_path / "list.txt")
+
+
+def test_a_list_may_name_files_with_commas_and_hashes(tmp_path: Path) -> None:
+    for name in ("a,b.png", "#1.png"):
+        write_png(tmp_path / name, picture(1))
+    (tmp_path / "list.txt").write_text("a,b.png\n#1.png\n# a comment\n")
+    assert [item.name for item in load(tmp_path / "list.txt").items] == ["a,b.png", "#1.png"]
+
+
+@pytest.mark.parametrize(
+    ("arrays", "message"),
+    [
+        ({"split": np.zeros(3, np.int64)}, r"split of \(3,\), expected \(4,\)"),
+        ({"y": np.zeros((4, 2), np.int64)}, r"y of \(4, 2\), expected \(4,\)"),
+        ({"y": np.array([0, 1, 2, 9]), "classes": np.array(["a", "b", "c"])}, "labels y of 0 to 9, but 3 classes"),
+    ],
+)
+def test_arrays_that_do_not_fit_together_are_named(tmp_path: Path, arrays: dict[str, Any], message: str) -> None:
+    np.savez(tmp_path / "set.npz", X=np.zeros((4, 8, 8), np.uint8), **arrays)
+    with pytest.raises(DataError, match=message):
+        load(tmp_path / "set.npz")
+
+
+def test_an_array_file_with_the_wrong_suffix_and_a_damaged_index_are_named(tmp_path: Path) -> None:
+    np.save(tmp_path / "x.npy", np.zeros((4, 8, 8), np.uint8))
+    (tmp_path / "x.npy").rename(tmp_path / "x.npz")
+    with pytest.raises(DataError, match=r"no readable \.npz"):
+        load(tmp_path / "x.npz")
+    write_png(tmp_path / "rec" / "a.png", picture(1))
+    (tmp_path / "rec" / "index.csv").write_text("file,camera,group,roi\na.png,top,1,0 0 x 4\n")
+    with pytest.raises(DataError, match="has '0 0 x 4', expected 4 whole numbers"):
+        load(tmp_path / "rec")
+
+
+@pytest.mark.parametrize("settings", [{"split": "train"}, {"every": 5}])
+def test_a_setting_for_another_kind_of_data_is_refused(image_folder: Path, settings: dict[str, Any]) -> None:
+    with pytest.raises(DataError, match=f"data.{next(iter(settings))} is .* only, but data.path .* is a folder"):
+        load(image_folder, **settings)

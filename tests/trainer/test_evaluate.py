@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -98,3 +99,23 @@ def test_scan_tells_what_is_there_and_what_is_wrong(tmp_path: Path) -> None:
     assert (result.images, result.classes, len(result.unreadable)) == (5, {"a": 2, "b": 3}, 1)
     assert result.duplicates == [("b/copy.png", "b/1.png")] and result.tiny == ["b/tiny.png"]
     assert "bad.png: is empty" in result.text()
+
+
+def test_sorting_a_folder_into_itself_deletes_nothing(tiny_run_folder: Path, tmp_path: Path) -> None:
+    write_png(tmp_path / "st" / "x" / "a.png", draw("disc", np.random.default_rng(1)))
+    run = load_run(tiny_run_folder)
+    rows = predict(run, str(tmp_path / "st" / "x"))
+    sort_into(rows, tmp_path / "st" / "x", tmp_path / "sorted")
+    again = [replace(row, name="x") for row in rows]
+    linked, copied = sort_into(again, tmp_path / "st" / "x", tmp_path / "st")
+    assert (tmp_path / "st" / "x" / "a.png").is_file() and linked + copied == sum(row.is_novel for row in rows)
+
+
+def test_clusters_whose_names_make_the_same_folder_stay_apart(tiny_run_folder: Path, tmp_path: Path) -> None:
+    for n, kind in enumerate(("disc", "square", "bars")):
+        write_png(tmp_path / "d" / f"{n}.png", draw(kind, np.random.default_rng(n)))
+    rows = predict(load_run(tiny_run_folder), str(tmp_path / "d"))
+    names = {row.cluster: name for row, name in zip(rows, ("a b", "a/b", "novel"), strict=True)}
+    sort_into([replace(row, name=names[row.cluster], is_novel=False) for row in rows], tmp_path / "d", tmp_path / "out")
+    assert sorted(len(list(folder.iterdir())) for folder in (tmp_path / "out").iterdir()) == [1, 1, 1]
+    assert "novel" not in {folder.name for folder in (tmp_path / "out").iterdir()}

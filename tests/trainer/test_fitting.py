@@ -68,6 +68,14 @@ def test_a_resumed_run_ends_as_an_uninterrupted_one(image_folder: Path, tmp_path
     assert (tmp_path / "cut" / "checkpoints" / NAME).is_file() and not (tmp_path / "cut" / "model.json").exists()
     resumed = fit(dec(image_folder), FitOptions(out=tmp_path / "cut", resume=True))
     assert all(np.array_equal(a, b) for a, b in zip(tensors(whole), tensors(resumed), strict=True))
+    epochs = [
+        [
+            (row["stage"], row.get("epoch"))
+            for row in map(json.loads, (tmp_path / name / "metrics.jsonl").read_text().splitlines())
+        ]
+        for name in ("whole", "cut")
+    ]
+    assert epochs[0] == epochs[1]
 
 
 def test_an_interrupted_run_is_not_overwritten_by_accident(image_folder: Path, tmp_path: Path) -> None:

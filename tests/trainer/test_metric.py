@@ -32,3 +32,10 @@ def test_occupancy_counts_empty_clusters_too() -> None:
 
 def test_silhouette_of_one_cluster_is_none() -> None:
     assert silhouette(np.zeros((4, 2), np.float32), np.zeros(4, np.int64)) is None
+
+
+def test_silhouette_of_a_cluster_too_rare_to_be_drawn_is_none_and_no_error() -> None:
+    z = np.random.default_rng(0).normal(size=(6000, 2)).astype(np.float32)
+    ids = np.zeros(6000, np.int64)
+    ids[0] = 1
+    assert silhouette(z, ids, sample=10) is None

@@ -97,35 +97,46 @@ class SqueezeNet(nn.Module):
 
 
 class TimmTrunk(nn.Module):
-    """A timm network's last feature map; its weights expect RGB."""
+    """A timm network's last feature map (B, F, h, w), whatever its layout; its weights expect RGB, so grey is given three times."""
 
-    def __init__(self, settings: PretrainedSettings, channels: int) -> None:
+    def __init__(self, settings: PretrainedSettings, shape: Shape) -> None:
         super().__init__()
-        name = settings.model.removeprefix("timm:")
+        self.name = settings.model
         try:
             import timm
         except ImportError:
             raise DataError(
-                f"encoder.model is {settings.model}, but timm is not installed; `pip install timm`, or use squeezenet1_0"
+                f"encoder.model is {self.name}, but timm is not installed; `pip install timm`, or use squeezenet1_0"
             ) from None
         try:
-            self.network = timm.create_model(
-                name, pretrained=False, features_only=True, out_indices=(-1,), in_chans=channels
-            )
-        except (RuntimeError, ValueError) as error:
+            self.network = timm.create_model(self.name.removeprefix("timm:"), pretrained=False, num_classes=0).eval()
+            with torch.no_grad():
+                feature_map = self(torch.zeros(1, *shape))[0]
+        except (RuntimeError, ValueError, AssertionError) as error:
             raise DataError(
-                f"encoder.model is {settings.model}, which timm cannot build as a feature extractor: {error}"
+                f"encoder.model is {self.name}, which timm cannot run on {shape[2]}x{shape[1]}: {' '.join(str(error).split())[:200]}"
             ) from None
-        self.widths: list[int] = [self.network.feature_info.channels()[-1]]
+        self.widths: list[int] = [feature_map.shape[1]]
 
     def forward(self, x: Tensor) -> list[Tensor]:
-        return [self.network(x.flip(1))[-1]]
+        rgb = x.flip(1) if x.shape[1] == 3 else x.expand(-1, 3, -1, -1)
+        found = self.network.forward_features(rgb)
+        if found.ndim == 3:  # tokens (B, n, F)
+            found = found[:, getattr(self.network, "num_prefix_tokens", 0) :].transpose(1, 2)[..., None]
+        elif found.shape[1] != self.network.num_features:  # (B, h, w, F)
+            found = found.permute(0, 3, 1, 2)
+        return [found]
 
     def load(self, path: str) -> None:
         """Weights with timm's key names; the classifier's are left out."""
-        missing, _ = self.network.load_state_dict(read_weights(path), strict=False)
+        try:
+            missing, _ = self.network.load_state_dict(read_weights(path), strict=False)
+        except RuntimeError as error:
+            raise DataError(
+                f"encoder.weights is {path}, which does not fit {self.name}: {' '.join(str(error).split())[:200]}"
+            ) from None
         if missing:
-            raise DataError(f"encoder.weights is {path}, which has no tensor '{missing[0]}' for this network")
+            raise DataError(f"encoder.weights is {path}, which has no tensor '{missing[0]}' for {self.name}")
 
 
 class PretrainedEncoder(Encoder):
@@ -137,7 +148,7 @@ class PretrainedEncoder(Encoder):
     def __init__(self, settings: PretrainedSettings, shape: Shape) -> None:
         super().__init__(settings, shape)
         if settings.model.startswith("timm:"):
-            self.trunk: TimmTrunk | SqueezeNet = TimmTrunk(settings, shape[0])
+            self.trunk: TimmTrunk | SqueezeNet = TimmTrunk(settings, shape)
         else:
             unknown = [layer for layer in settings.layers if layer not in FIRES]
             if unknown or not settings.layers:

@@ -9,7 +9,7 @@ divided by a fixed `length_scale`, since the kernel's own scale is 1 and normali
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 from pydantic import Field
@@ -32,7 +32,7 @@ class DECSettings(MethodSettings):
     name: Literal["dec"] = "dec"
     epochs: int = Field(100, ge=1)
     t_dof: float = Field(1.0, gt=0)
-    length_scale: float | Literal["auto"] = 1.0
+    length_scale: Annotated[float, Field(gt=0)] | Literal["auto"] = 1.0
     refresh_steps: int | None = Field(None, ge=1)
     tol: float = Field(0.001, ge=0, lt=1)
     optimizer: OptimizerSettings = OptimizerSettings(kind="sgd", lr=0.01)

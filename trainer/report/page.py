@@ -84,6 +84,11 @@ def _warnings(run: Run, rows: list[Assignment], skipped: Sequence[Skipped] | Non
         notes.append(novelty_sentence(novelty))
     if run.metrics.get("largest_share", 0) > 0.9 and run.model.n_clusters > 1:
         notes.append(f"one cluster holds {run.metrics['largest_share']:.0%} of all images")
+    if novelty["kind"] != "uncalibrated" and not run.info["train"].get("known_good"):
+        notes.append(
+            f"there is no folder '{run.settings.data.good}' of known good parts, so novelty was calibrated on all of them: "
+            f"defective ones among them raise the threshold (fewer false rejects, more missed defects)"
+        )
     empty = [row["name"] for row in run.clusters if row["n"] == 0]
     if empty:
         notes.append(f"no training image lies in {', '.join(empty)}")
