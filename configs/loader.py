@@ -86,7 +86,10 @@ def _place(root: Node, keys: list[str], node: Node) -> None:
                     f"{node.place}: {'.'.join(keys)} has no sub-keys, because {current.place} holds the value {current.shown()}"
                 ]
             )
-        current = current.value.setdefault(key, Node({}, node.place, "{}"))
+        if key not in current.value:
+            current.value[key] = Node({}, node.place, "{}")
+            current.key_places[key] = node.place
+        current = current.value[key]
     if not isinstance(current.value, dict):
         raise ConfigError(
             [

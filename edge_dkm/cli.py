@@ -61,7 +61,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     bench = add_command(commands, "bench", _bench, "how fast this device runs a model")
     bench.add_argument("model")
     bench.add_argument("--device", default="cpu", metavar="PROFILE")
-    bench.add_argument("--size", type=_size, metavar="WxH", help="frame size (default: the training's)")
+    bench.add_argument(
+        "--size",
+        type=_size,
+        metavar="WxH",
+        help="frame size (default: the training's, or 224x224 where that had several)",
+    )
     bench.add_argument("--frames", type=_positive, default=200, metavar="N")
 
     watch = add_command(commands, "watch", _watch, "show what a station publishes")
@@ -135,7 +140,8 @@ def _record(arguments: argparse.Namespace) -> int:
         arguments.json,
         plain,
         f"recorded  {done.frames} frames of {done.parts} parts in {done.folder}"
-        + (f", {done.faulty} faulty" if done.faulty else ""),
+        + (f", {done.faulty} faulty" if done.faulty else "")
+        + (f"; the source ended before {arguments.parts}" if done.parts < (arguments.parts or 0) else ""),
     )
     return 0 if done.frames else 1
 

@@ -167,6 +167,7 @@ def publish(
 def refusal(code: int) -> str:
     """A reason code for people, with what to do."""
     known = {
+        0x80: "without a reason",
         0x84: "it does not speak MQTT 5; set mqtt.version: 3.1.1 (refusals are then invisible), or use a newer broker",
         0x86: "wrong mqtt.username or mqtt.password",
         0x87: "not authorized; give this station's account the right to connect and publish",

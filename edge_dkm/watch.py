@@ -16,7 +16,7 @@ RETRY_S = 0.2
 
 
 def watch(settings: LineSettings, show: Callable[[str, bytes], bool], wait_s: float) -> None:
-    """Calls `show(topic, payload)` for every message below the station's topic until it returns False.
+    """Calls `show(topic, payload)` for every message below the station's topic until it returns False, or line and broker have ended.
 
     Raises:
         BrokerError: the broker is not there within `wait_s`, or goes away.
@@ -27,12 +27,18 @@ def watch(settings: LineSettings, show: Callable[[str, bytes], bool], wait_s: fl
     try:
         await_connack(link, settings.mqtt)
         link.client.subscribe(f"{settings.base_topic}/#", qos=1)
+        has_stopped = False
         while link.lost is None:
             pump(link, 1.0)
             messages, link.messages = link.messages, []
             for message in messages:
-                if not show(message.topic, bytes(message.payload)):
+                payload = bytes(message.payload)
+                if message.topic == f"{settings.base_topic}/status":
+                    has_stopped = b'"stopped"' in payload
+                if not show(message.topic, payload):
                     return
+        if has_stopped:  # an embedded broker ends with its line
+            return
         raise BrokerError(f"MQTT broker {settings.mqtt.host}:{settings.mqtt.effective_port} {link.lost}")
     finally:
         link.client.disconnect()

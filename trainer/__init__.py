@@ -4,13 +4,20 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-__all__ = ["FitOptions", "Run", "fit", "load_run"]
+__all__ = ["FitOptions", "Run", "TrainSettings", "fit", "load_run"]
 
 if TYPE_CHECKING:
     from trainer.artifact import Run, load_run
     from trainer.fitting import FitOptions, fit
+    from trainer.settings import TrainSettings
 
-_HOMES = {"fit": "fitting", "FitOptions": "fitting", "Run": "artifact", "load_run": "artifact"}
+_HOMES = {
+    "fit": "fitting",
+    "FitOptions": "fitting",
+    "Run": "artifact",
+    "load_run": "artifact",
+    "TrainSettings": "settings",
+}
 
 
 def __getattr__(name: str) -> object:

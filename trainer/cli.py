@@ -75,12 +75,13 @@ def _fit(arguments: argparse.Namespace) -> int:
         ]
         print(f"dkm-train: {interruption}; go on with: {shlex.join(again)}", file=sys.stderr)
         return INTERRUPTED
-    train = run.info["train"]
+    train, share = run.info["train"], run.metrics["largest_share"]
     lines = [
         f"run       {run.path}  ({train['minutes']:g} min, {train['n']} images, {train['skipped']} skipped)",
-        "clusters  " + ", ".join(f"{row['name']} {row['n']}" for row in run.info["clusters"]),
+        "clusters  (training images) " + ", ".join(f"{row['name']} {row['n']}" for row in run.info["clusters"]),
         "metrics   " + ", ".join(f"{key} {value:.3f}" for key, value in run.metrics.items()),
         f"novelty   {novelty_sentence(run.info['novelty'])}",
+        *([f"WARNING   one cluster holds {share:.0%} of all images"] if share > 0.9 and len(run.clusters) > 1 else []),
         f"next      look at {run.path}/report.html, name clusters in {run.path}/labels.yaml, then: dkm-export {run.path} -o part.onnx",
     ]
     show(

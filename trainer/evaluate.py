@@ -74,6 +74,8 @@ class Evaluation:
         lines += [
             f"novel     {name or 'all'}: {n} of {total} ({n / total:.1%})" for name, (n, total) in self.flagged.items()
         ]
+        if self.clustering is None and self.auroc is None:
+            lines.append("          no class folders to score against")
         if self.auroc is not None:
             lines.append(f"AUROC     {self.auroc:.4f}  (novelty score, good against the rest)")
         return "\n".join(lines)

@@ -175,6 +175,8 @@ def _train(settings: TrainSettings, learner: Learner, dataset: Dataset, folder: 
         Position(0, 0, digest, dataset.manifest_sha256),
     )
     earlier_s = 0.0
+    if options.resume and checkpoint is None:
+        options.progress.say(f"{folder} holds no checkpoint; starting from the beginning")
     if checkpoint is not None:
         checkpoint.restore(learner, method)
         number, steps = checkpoint.position.stage, max(1, -(-len(learner) // settings.train.batch_size))

@@ -114,7 +114,7 @@ def novelty_sentence(novelty: dict[str, Any]) -> str:
     if novelty["promised_frr"] > novelty["target_frr"]:
         return (
             f"WARNING: {novelty['groups']} groups cannot promise the target of {novelty['target_frr']:.2%} "
-            f"(that needs {groups_needed(novelty['target_frr'])}); {promise}"
+            f"(that needs {groups_needed(novelty['target_frr'])}); {promise} (counted are the groups of the calibration share)"
         )
     return f"{promise} (calibrated on {novelty['n_calib']} parts of {novelty['groups']} groups)"
 

@@ -128,6 +128,7 @@ def test_a_wrong_override_names_the_option_or_the_variable() -> None:
     assert problems("port: 1", EDGE__PRT="1") == [
         "environment EDGE__PRT prt is not a known setting, did you mean 'port'?"
     ]
+    assert problems("port: 1", "sectn.key=1")[0].startswith("--set sectn is not a known setting")
     assert problems("port: 1", "port") == ["--set port: expected key.subkey=value"]
 
 

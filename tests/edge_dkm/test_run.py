@@ -18,6 +18,7 @@ import pytest
 
 from devices.errors import CameraError
 from edge_dkm import supervisor
+from edge_dkm.embedded_broker import find_mosquitto
 from edge_dkm.errors import BrokerError, LockedError, ModelError, StorageError, UsageError
 from edge_dkm.inspector import Inspector
 from edge_dkm.message import json_schema
@@ -315,7 +316,6 @@ def test_the_embedded_broker_is_enough_for_a_first_try(
 ) -> None:
     import threading
 
-    from edge_dkm.embedded_broker import find_mosquitto
     from edge_dkm.watch import watch
 
     if find_mosquitto() is None:
@@ -337,6 +337,21 @@ def test_the_embedded_broker_is_enough_for_a_first_try(
     assert run_line(settings).unsent == 0
     reader.join(20)
     assert not reader.is_alive() and sum(t == "dkm/v1/st1/top/result" for t in seen) == 12
+
+
+def test_watching_an_embedded_broker_ends_with_its_line_and_without_an_error(make_line: Make) -> None:
+    from concurrent.futures import ThreadPoolExecutor
+
+    from edge_dkm.watch import watch
+
+    if find_mosquitto() is None:
+        pytest.skip("Mosquitto is not installed")
+    port = free_port()
+    settings = make_line(port, mqtt=f"{{host: embedded, port: {port}}}")
+    with ThreadPoolExecutor(1) as pool:
+        watching = pool.submit(watch, settings, lambda topic, payload: True, 20.0)
+        run_line(settings)
+        assert watching.result(30) is None
 
 
 def test_a_port_that_is_taken_is_said_before_anything_starts(mosquitto: Mosquitto, make_line: Make) -> None:
