@@ -64,7 +64,11 @@ def _line(model: type[BaseModel], root: Node, problem: ErrorDetails) -> str:
     if loc and loc[-1] == "[key]":
         return f"{node.key_places.get(str(loc[-2]), node.place)} {dotted} is not a usable name, expected {_expected(problem)}"
     if kind in {"value_error", "assertion_error"}:
-        what = f" {dotted} is {node.shown()}," if dotted and complete else ""
+        shown = node.shown()
+        # A section too long to show: what is wrong lies between its keys, and the message names them.
+        is_cut = isinstance(node.value, dict) and shown.endswith("...")
+        what = f" {dotted}:" if is_cut else f" {dotted} is {shown}," if dotted and complete else ""
+        what = what if dotted else ""
         return f"{node.place}{what} {problem['msg'].removeprefix('Value error, ')}"
     if kind == "union_tag_invalid":
         context = problem["ctx"]

@@ -95,3 +95,10 @@ def test_a_camera_may_bring_its_own_model() -> None:
 
 def test_the_state_folder_is_a_path() -> None:
     assert load(MINIMAL + "state: /var/lib/x").state == Path("/var/lib/x")
+
+
+def test_a_region_outside_the_roi_is_named_without_a_dump_of_the_camera() -> None:
+    camera = "{source: 'usb:0', roi: [160, 55, 160, 160], trigger: {kind: part_present, region: [1, 1, 3, 3]}}"
+    assert problem(f"station: st4\nmodel: m.onnx\ncameras:\n  top: {camera}") == (
+        "line.yaml:4 cameras.top: trigger.region [1, 1, 3, 3] does not lie inside roi [160, 55, 160, 160] (both in frame pixels)"
+    )
