@@ -84,7 +84,15 @@ class Evaluation:
 def read_like(run: Run, path: str, progress: Reader = iter) -> Dataset:
     """Another set of images, brought to this run's input."""
     source = run.settings.data.model_copy(
-        update={"groups": None, "limit": None, "classes": None, "split": "all", "path": path, "kind": "auto"}
+        update={
+            "groups": None,
+            "limit": None,
+            "classes": None,
+            "split": "all",
+            "every": 1,
+            "path": path,
+            "kind": "auto",
+        }
     )
     return _load(run.model, open_images(source), source, run, progress)
 

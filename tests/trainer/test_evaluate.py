@@ -119,3 +119,11 @@ def test_clusters_whose_names_make_the_same_folder_stay_apart(tiny_run_folder: P
     sort_into([replace(row, name=names[row.cluster], is_novel=False) for row in rows], tmp_path / "d", tmp_path / "out")
     assert sorted(len(list(folder.iterdir())) for folder in (tmp_path / "out").iterdir()) == [1, 1, 1]
     assert "novel" not in {folder.name for folder in (tmp_path / "out").iterdir()}
+
+
+def test_a_run_that_learned_from_every_fifth_frame_of_a_film_is_applied_to_a_folder(
+    tiny_run_folder: Path, image_folder: Path
+) -> None:
+    run = load_run(tiny_run_folder)
+    run.settings = run.settings.model_copy(update={"data": run.settings.data.model_copy(update={"every": 5})})
+    assert len(predict(run, str(image_folder))) == 60
