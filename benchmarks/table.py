@@ -8,7 +8,9 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-REAL_SETS = Path(os.environ.get("EDGE_DKM_SHARED", "../shared")) / "data"
+SHARED = Path(os.environ.get("EDGE_DKM_SHARED", "../shared"))
+REAL_SETS = SHARED / "data"
+WEIGHTS = f"encoder.weights={SHARED / 'weights' / 'squeezenet1_0-imagenet.safetensors'}"
 
 
 def real_set(name: str) -> Path:

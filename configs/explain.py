@@ -67,8 +67,11 @@ def _line(model: type[BaseModel], root: Node, problem: ErrorDetails) -> str:
         shown = node.shown()
         # A section too long to show: what is wrong lies between its keys, and the message names them.
         is_cut = isinstance(node.value, dict) and shown.endswith("...")
-        what = f" {dotted}:" if is_cut else f" {dotted} is {shown}," if dotted and complete else ""
-        what = what if dotted else ""
+        what = ""
+        if dotted and is_cut:
+            what = f" {dotted}:"
+        elif dotted and complete:
+            what = f" {dotted} is {shown},"
         return f"{node.place}{what} {problem['msg'].removeprefix('Value error, ')}"
     if kind == "union_tag_invalid":
         context = problem["ctx"]

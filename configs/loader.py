@@ -79,25 +79,17 @@ def _environment(sources: Sources) -> list[tuple[str, str]]:
 
 def _place(root: Node, keys: list[str], node: Node) -> None:
     current = root
-    for key in keys[:-1]:
+    for depth, key in enumerate(keys, 1):
         if not isinstance(current.value, dict):
             raise ConfigError(
                 [
                     f"{node.place}: {'.'.join(keys)} has no sub-keys, because {current.place} holds the value {current.shown()}"
                 ]
             )
-        if key not in current.value:
-            current.value[key] = Node({}, node.place, "{}")
+        if depth == len(keys) or key not in current.value:
+            current.value[key] = node if depth == len(keys) else Node({}, node.place, "{}")
             current.key_places[key] = node.place
         current = current.value[key]
-    if not isinstance(current.value, dict):
-        raise ConfigError(
-            [
-                f"{node.place}: {'.'.join(keys)} has no sub-keys, because {current.place} holds the value {current.shown()}"
-            ]
-        )
-    current.value[keys[-1]] = node
-    current.key_places[keys[-1]] = node.place
 
 
 def _validate(model: type[S], root: Node) -> S:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import csv
 import json
 import shutil
 import socket
@@ -16,6 +17,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -38,8 +40,8 @@ def main() -> int:
     port = free_port()
 
     say("1", "film two conveyors: one to learn from, one to be judged on")
-    learned = film(OUT / "learn.mp4", replace_seed(LEARN, 2 * seed))
-    planted = film(OUT / "judge.mp4", replace_seed(JUDGE, 2 * seed + 1))
+    learned = film(OUT / "learn.mp4", replace(LEARN, seed=2 * seed))
+    planted = film(OUT / "judge.mp4", replace(JUDGE, seed=2 * seed + 1))
     print(f"    learn.mp4  {counts(learned)}\n    judge.mp4  {counts(planted)}")
 
     say("2", "record the parts of the first film, as the line will see them")
@@ -59,13 +61,6 @@ def main() -> int:
     if verdicts.passed:
         print(next_steps())
     return 0 if verdicts.passed else 1
-
-
-def replace_seed(options: ConveyorOptions, seed: int) -> ConveyorOptions:
-    """The same belt with other parts on it."""
-    import dataclasses
-
-    return dataclasses.replace(options, seed=seed)
 
 
 def say(step: str, text: str) -> None:
@@ -115,20 +110,17 @@ def run_line(port: int) -> tuple[dict[str, Any], list[dict[str, Any]]]:
 
 def name_clusters(folder: Path, kinds: list[str]) -> None:
     """Gives each cluster the name of the part type that most of its images show. Names change no cluster and no score."""
-    import csv
-
     with (folder / "assignments.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
     shown: dict[int, Counter[str]] = {}
     for row, kind in zip(rows, kinds, strict=False):
         shown.setdefault(int(row["cluster"]), Counter())[kind] += 1
+    leading = {cluster: kind_counts.most_common(1)[0] for cluster, kind_counts in sorted(shown.items())}
+    is_unique = len({kind for kind, _ in leading.values()}) == len(leading)
     lines = ["clusters:"]
-    for cluster, kind_counts in sorted(shown.items()):
-        kind, n = kind_counts.most_common(1)[0]
-        print(f"    cluster {cluster}: {n} of {kind_counts.total()} are {kind}")
-        lines.append(
-            f"  {cluster}: {{name: {kind if len(shown) == len({c.most_common(1)[0][0] for c in shown.values()}) else f'{kind}-{cluster}'}}}"
-        )
+    for cluster, (kind, n) in leading.items():
+        print(f"    cluster {cluster}: {n} of {shown[cluster].total()} are {kind}")
+        lines.append(f"  {cluster}: {{name: {kind if is_unique else f'{kind}-{cluster}'}}}")
     (folder / "labels.yaml").write_text("\n".join(lines) + "\n")
 
 

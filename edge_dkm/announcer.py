@@ -31,8 +31,7 @@ class Announcer:
         self._station = line.settings.station
         self._started_s = time.monotonic()
         self._state: tuple[str, str | None] = ("", None)
-        acknowledged = Stage(lambda: line.outbox.status().rows > 0, lambda: line.publisher.status().problem)
-        self._mqtt = acknowledged
+        self._mqtt = Stage(lambda: line.outbox.status().rows > 0, lambda: line.publisher.status().problem)
         self._acknowledged = 0
 
     def everything(self) -> None:
@@ -45,21 +44,19 @@ class Announcer:
         """The state as the cameras and the delivery make it."""
         line = self._line
         offline = [
-            name
-            for name, capture in line.captures.items()
-            if capture.status().state != "online" and not capture.ended.is_set()
+            status
+            for capture in line.captures.values()
+            if not capture.ended.is_set() and (status := capture.status()).state != "online"
         ]
+        failed = next((status for status in offline if status.code), None)
         problem = line.publisher.status().problem
         free_mb = line.folder.free_mb()
         if free_mb < MIN_FREE_MB:
             self._announce_state("degraded", "S-FULL", f"{free_mb} MB free in {line.folder.path}")
         elif problem is not None:
             self._announce_state("degraded", "M-DELIVERY", problem)
-        elif offline and any(line.captures[name].status().code for name in offline):
-            name = next(name for name in offline if line.captures[name].status().code)
-            self._announce_state(
-                "degraded", line.captures[name].status().code or "C-LOST", line.captures[name].status().detail or name
-            )
+        elif failed is not None:
+            self._announce_state("degraded", failed.code, failed.detail)
         elif offline:
             self._announce_state("ready")
         else:
@@ -74,7 +71,7 @@ class Announcer:
             return
         self._state = (state, code)
         since = rfc3339(utc_now())
-        reason = {"code": code, "detail": (detail or "")[:300]} if code else None
+        reason = {"code": code, "detail": detail or ""} if code else None
         self._line.publisher.announce(
             f"{self._base}/state",
             lambda session: State.model_validate(
@@ -85,7 +82,7 @@ class Announcer:
     def info(self) -> None:
         """Models, clusters, providers, cameras, versions."""
         line = self._line
-        name, inspector = next(iter(line.inspectors.items()))
+        inspector = next(iter(line.inspectors.values()))
         model = model_info(inspector)
         clusters = [{"id": c.id, "name": c.name, "verdict": c.verdict, "n": c.n} for c in inspector.metadata.clusters]
         cameras: dict[str, Any] = {}

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Literal
 
 from edge_dkm.errors import BrokerError
-from edge_dkm.settings import LineSettings
+from edge_dkm.settings import EMBEDDED, LineSettings
 
 START_S = 10.0
 HOST = "127.0.0.1"
@@ -112,8 +112,8 @@ def embedded_kind() -> Literal["mosquitto", "amqtt"]:
 
 
 def as_embedded_speaks(settings: LineSettings) -> LineSettings:
-    """The settings with the MQTT version of the broker that would be started."""
-    if embedded_kind() == "mosquitto":
+    """The settings with the MQTT version of the broker that would be started; those of any other broker as they are."""
+    if settings.mqtt.host != EMBEDDED or embedded_kind() == "mosquitto":
         return settings
     return settings.model_copy(update={"mqtt": settings.mqtt.model_copy(update={"version": "3.1.1"})})
 

@@ -31,6 +31,11 @@ class Stage:
             self._count += n
             self._last_s = time.monotonic()
 
+    @property
+    def count(self) -> int:
+        """How much was done since the start."""
+        return self._count
+
     def health(self) -> StageHealth:
         """`stuck`: work waits, nothing was done for ten seconds, and there is no excuse."""
         with self._lock:

@@ -36,7 +36,7 @@ log = logging.getLogger(__name__)
 
 Frame = NDArray[np.uint8]
 Outputs = dict[str, NDArray[np.generic]]
-_FETCHED = ("cluster_id", "distance", "novelty_score", "p_value", "is_novel", "distances")
+FETCHED = ("cluster_id", "distance", "novelty_score", "p_value", "is_novel", "distances")
 
 
 @dataclass(frozen=True)
@@ -147,7 +147,7 @@ class Inspector:
             raise FrameError(
                 "F-SHAPE", f"one batch holds frames of {sorted({f.shape for f in checked})}, expected one size"
             )
-        outputs = self.run(checked[0][None] if len(checked) == 1 else np.stack(checked), _FETCHED)
+        outputs = self.run(checked[0][None] if len(checked) == 1 else np.stack(checked), FETCHED)
         return [self._inspection(outputs, n) for n in range(len(frames))]
 
     def run(

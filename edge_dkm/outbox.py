@@ -225,7 +225,7 @@ class Outbox:
                     log.error("outbox row %d (camera %s, cseq %s) is damaged and declared as a gap", seq, camera, cseq)
                     with self._change():
                         self._delete([seq])
-                        first, last = (cseq, cseq) if cseq else self._hole(camera)
+                        first, last = (cseq, cseq) if cseq is not None else self._hole(camera)
                         self._declare(camera, first, last, "row_corrupt")
                     continue
                 rows.append(Row(seq, topic, body))
@@ -329,10 +329,8 @@ class Outbox:
             self._delete([seq])
             self._declare(camera, cseq, cseq, reason)
 
-    def _declare(self, camera: str, first: int | None, last: int | None, reason: GapReason) -> None:
+    def _declare(self, camera: str, first: int, last: int, reason: GapReason) -> None:
         """A gap record on the camera's stream; a neighbouring one that nobody has seen yet is widened instead."""
-        if first is None or last is None:
-            return
         pending = self._db.execute(
             "SELECT seq, body FROM outbox WHERE sent = 0 AND cseq IS NULL AND camera = ? ORDER BY seq DESC LIMIT 1",
             (camera,),

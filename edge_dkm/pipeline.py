@@ -173,10 +173,12 @@ class Pipeline:
         """Takes no more shots, inspects and commits what waits; False if nothing is done for `patience_s` (a slow model may take its time)."""
         self._buffer.close()
         for thread in self._threads:
-            done = -1
-            while thread.is_alive() and done != (done := sum(stage.health().count for stage in self.stages.values())):
+            while thread.is_alive():
+                before = [stage.count for stage in self.stages.values()]
                 thread.join(patience_s)
-        return not any(thread.is_alive() for thread in self._threads)
+                if thread.is_alive() and before == [stage.count for stage in self.stages.values()]:
+                    return False
+        return True
 
     @property
     def committed(self) -> int:

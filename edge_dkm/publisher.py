@@ -140,7 +140,6 @@ class Publisher(threading.Thread):
         flight = _Flight(self.outbox)
         while link.lost is None:
             if self._stop_asked.is_set():
-                self._say_pending(link, session)  # why the line has stopped, before that it has
                 self._goodbye(link, session)
                 return
             self._say_pending(link, session)
@@ -170,8 +169,10 @@ class Publisher(threading.Thread):
 
     def _goodbye(self, link: Link, session: int) -> None:
         deadline_s = time.monotonic() + GOODBYE_S
+        self._say_pending(link, session)  # why the line has stopped, before that it has
         while link.lost is None and time.monotonic() < deadline_s and link.room <= 0:
             pump(link, 0.2)
+            self._say_pending(link, session)  # what had no room before
         mid = publish(link, self._status_topic, self._status_message("stopped", session).payload(), qos=1, retain=True)
         while link.lost is None and time.monotonic() < deadline_s and all(acked != mid for acked, _ in link.acks):
             pump(link, 0.2)

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from edge_dkm.embedded_broker import as_embedded_speaks
 from edge_dkm.errors import BrokerError
 from edge_dkm.mqtt import Link, await_connack, open_link, pump
-from edge_dkm.settings import EMBEDDED, LineSettings
+from edge_dkm.settings import LineSettings
 
 RETRY_S = 0.2
 
@@ -21,8 +21,7 @@ def watch(settings: LineSettings, show: Callable[[str, bytes], bool], wait_s: fl
     Raises:
         BrokerError: the broker is not there within `wait_s`, or goes away.
     """
-    if settings.mqtt.host == EMBEDDED:
-        settings = as_embedded_speaks(settings)
+    settings = as_embedded_speaks(settings)
     link = _connect(settings, time.monotonic() + wait_s)
     try:
         await_connack(link, settings.mqtt)

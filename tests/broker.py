@@ -10,10 +10,14 @@ import threading
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from edge_dkm.embedded_broker import find_mosquitto
 from edge_dkm.mqtt import await_connack, open_link, pump
 from edge_dkm.settings import MqttSettings
 from tests.waiting import wait_until
+
+needs_mosquitto = pytest.mark.skipif(find_mosquitto() is None, reason="Mosquitto is not installed")
 
 
 def free_port() -> int:

@@ -9,7 +9,7 @@ import pytest
 
 from benchmarks.line import conveyor
 from benchmarks.novelty import bottle
-from benchmarks.table import REAL_SETS
+from benchmarks.table import REAL_SETS, WEIGHTS
 from edge_dkm.inspector import Inspector
 from exporters.export import export_run
 from trainer import FitOptions, Run, fit
@@ -20,12 +20,11 @@ pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(not REAL_SETS.exists(), reason=f"the real image sets are not there ({REAL_SETS})"),
 ]
-WEIGHTS = REAL_SETS.parent / "weights" / "squeezenet1_0-imagenet.safetensors"
 
 
 def x_sdd(name: str, folder: Path) -> Run:
     """A run of one of the shipped x_sdd settings, seed 0."""
-    return fit(name, FitOptions(folder, [f"data.path={REAL_SETS / 'x_sdd'}", f"encoder.weights={WEIGHTS}"]))
+    return fit(name, FitOptions(folder, [f"data.path={REAL_SETS / 'x_sdd'}", WEIGHTS]))
 
 
 @pytest.fixture(scope="module")

@@ -24,7 +24,7 @@ from trainer.errors import DataError
 from trainer.golden import choose, save_images
 from trainer.images import open_images
 from trainer.learner import Learner
-from trainer.loop import Loop
+from trainer.loop import METRICS, Loop, append_metrics
 from trainer.methods import METHODS
 from trainer.novelty import NoveltySettings
 from trainer.pretrain import pretrain_stages
@@ -79,8 +79,7 @@ def fit(config: str | Path | TrainSettings, options: FitOptions | None = None) -
         run, outcome = _finish(settings, learner, dataset, split)
     run.info["train"]["minutes"] = round((time.monotonic() - started_s) / 60, 2)
     save_images([outcome.dataset.items[n] for n in choose(run.model, outcome.z)], folder / "golden")
-    with (folder / "metrics.jsonl").open("a", encoding="utf-8") as file:
-        file.write(json.dumps({"stage": "result", **run.metrics}) + "\n")
+    append_metrics(folder, {"stage": "result", **run.metrics})
     save_run(run, folder, outcome.assignments())
     write_report(run, dataset.skipped, folder / "report.html")
     (folder / "checkpoints" / NAME).unlink(missing_ok=True)
@@ -98,17 +97,9 @@ def _claim(folder: Path, settings: TrainSettings, options: FitOptions) -> None:
     try:
         write_config(settings, folder)
         (folder / "checkpoints").mkdir(exist_ok=True)
-        (folder / "metrics.jsonl").unlink(missing_ok=True)  # of an attempt that did not get to a checkpoint
+        (folder / METRICS).unlink(missing_ok=True)  # of an attempt that did not get to a checkpoint
     except OSError as error:
         raise DataError(f"{folder} cannot be written: {error.strerror or error}") from None
-
-
-def _forget_after(path: Path, done: set[str], stage: str, epoch: int) -> float:
-    """Drops the lines of epochs that a resumed run repeats; returns the seconds of those that stay."""
-    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
-    kept = [row for row in rows if row["stage"] in done or (row["stage"] == stage and row["epoch"] < epoch)]
-    path.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
-    return float(sum(row.get("seconds", 0) for row in kept))
 
 
 def _load(settings: TrainSettings, progress: Progress) -> tuple[Dataset, Split]:
@@ -179,14 +170,9 @@ def _train(settings: TrainSettings, learner: Learner, dataset: Dataset, folder: 
         options.progress.say(f"{folder} holds no checkpoint; starting from the beginning")
     if checkpoint is not None:
         checkpoint.restore(learner, method)
-        number, steps = checkpoint.position.stage, max(1, -(-len(learner) // settings.train.batch_size))
-        done = {stage.name for stage in stages[:number]}
-        earlier_s = _forget_after(
-            folder / "metrics.jsonl", done, stages[number].name, checkpoint.position.step // steps
-        )
-        options.progress.say(
-            f"resuming stage {stages[checkpoint.position.stage].name} at step {checkpoint.position.step}"
-        )
+        position = checkpoint.position
+        earlier_s = loop.rewind_metrics(stages[: position.stage], stages[position.stage], position.step)
+        options.progress.say(f"resuming stage {stages[position.stage].name} at step {position.step}")
     with loop.interruptible():
         for n, stage in enumerate(stages):
             if checkpoint is None or n > checkpoint.position.stage:

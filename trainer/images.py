@@ -84,13 +84,9 @@ def open_images(settings: DataSettings) -> ImageSet:
         )
     kind = _kind_of(path) if settings.kind == "auto" else settings.kind
     for name, home in (("split", "npz"), ("every", "film")):
-        if (
-            name in settings.model_fields_set
-            and getattr(settings, name) != DataSettings.model_fields[name].default
-            and kind != home
-        ):
+        if getattr(settings, name) != DataSettings.model_fields[name].default and kind != home:
             raise DataError(
-                f"data.{name} is {getattr(settings, name)}, which is for an {home} only, but data.path {path} is a {kind}; leave it out"
+                f"data.{name} is {getattr(settings, name)}, which is for kind {home} only, but data.path {path} is a {kind}; leave it out"
             )
     found = {"folder": _folder, "record": _record, "npz": _npz, "list": _list, "film": _film}[kind](path, settings)
     items = found.items

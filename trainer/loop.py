@@ -9,9 +9,10 @@ import json
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 import torch
 
@@ -22,6 +23,8 @@ from trainer.learner import Learner
 from trainer.methods import Method
 from trainer.progress import Progress
 from trainer.stage import Stage
+
+METRICS = "metrics.jsonl"
 
 
 class InterruptedTraining(TrainerError):  # noqa: N818 (it is not a fault of the training)
@@ -52,7 +55,7 @@ class Loop:
         if stage.epochs == 0:
             return
         optimizer = stage.optimizer.build(stage.parameters)
-        steps = max(1, -(-len(self.learner) // stage.batch_size))
+        steps = self._steps(stage)
         first = 0
         if checkpoint is not None:
             checkpoint.restore_optimizer(optimizer)
@@ -77,6 +80,19 @@ class Loop:
                 break
             if time.monotonic() - self.saved_s >= self.checkpoint_every_s:
                 self._save(number, (epoch + 1) * steps, optimizer)
+
+    def _steps(self, stage: Stage) -> int:
+        """Steps per epoch."""
+        return max(1, -(-len(self.learner) // stage.batch_size))
+
+    def rewind_metrics(self, done: Sequence[Stage], current: Stage, step: int) -> float:
+        """Drops the logged epochs that a run resumed at `step` of `current` repeats; returns the seconds of those that stay."""
+        path, first = self.folder / METRICS, step // self._steps(current)
+        names = {stage.name for stage in done}
+        rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
+        kept = [row for row in rows if row["stage"] in names or (row["stage"] == current.name and row["epoch"] < first)]
+        path.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
+        return float(sum(row.get("seconds", 0) for row in kept))
 
     def _epoch(
         self, number: int, stage: Stage, optimizer: torch.optim.Optimizer, epoch: int, steps: int, first: int
@@ -106,8 +122,7 @@ class Loop:
         return float(total) / max(1, steps - first)
 
     def _log(self, stage: str, epoch: int, figures: dict[str, float]) -> None:
-        with (self.folder / "metrics.jsonl").open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"stage": stage, "epoch": epoch, **figures}) + "\n")
+        append_metrics(self.folder, {"stage": stage, "epoch": epoch, **figures})
         self.progress.epoch(epoch, figures)
 
     def _save(self, number: int, step: int, optimizer: torch.optim.Optimizer) -> None:
@@ -137,3 +152,9 @@ class Loop:
 def _mix(*numbers: int) -> int:
     """One seed from several numbers."""
     return int.from_bytes(hashlib.blake2b(repr(numbers).encode(), digest_size=7).digest(), "little")
+
+
+def append_metrics(folder: Path, row: dict[str, Any]) -> None:
+    """One more line of metrics.jsonl."""
+    with (folder / METRICS).open("a", encoding="utf-8") as file:
+        file.write(json.dumps(row) + "\n")

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from benchmarks.table import real_set, show_table, spread
+from benchmarks.table import WEIGHTS, real_set, show_table, spread
 from trainer import FitOptions, fit
 from trainer.artifact import Run
 from trainer.metric import score_labels
@@ -40,7 +40,7 @@ def main() -> None:
         for name in CONFIGS:
             with tempfile.TemporaryDirectory() as folder:
                 started_s = time.monotonic()
-                common = [f"train.seed={seed}", f"data.path={real_set('x_sdd')}"]
+                common = [f"train.seed={seed}", f"data.path={real_set('x_sdd')}", WEIGHTS]
                 extra = arguments.overrides if name == "x_sdd_dec" else []
                 run = fit(name, FitOptions(Path(folder), [*common, *extra]))
                 ids = assignments(run)

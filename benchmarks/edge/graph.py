@@ -18,7 +18,7 @@ import torch
 
 from benchmarks.table import show_table
 from configs import load_text
-from edge_dkm.inspector import _FETCHED, Inspector
+from edge_dkm.inspector import FETCHED, Inspector
 from exporters.export import export_run
 from tests.images import write_folder
 from trainer import FitOptions, Run, fit
@@ -88,8 +88,8 @@ def main() -> None:
     ms = in_turns(
         {
             "encoder alone": lambda: encoder.run(None, {"x": x}),
-            "frame to outputs": lambda: inspector.run(crop()[None], _FETCHED),
-            "session.run": lambda: inspector._open().run(list(_FETCHED), {"image": roi[None]}),
+            "frame to outputs": lambda: inspector.run(crop()[None], FETCHED),
+            "session.run": lambda: inspector._open().run(list(FETCHED), {"image": roi[None]}),
             "Inspector.inspect": lambda: inspector.inspect(roi),
         }
     )

@@ -16,7 +16,7 @@ from typing import Any
 
 import jsonschema
 
-from benchmarks.table import REAL_SETS, real_set, show_table
+from benchmarks.table import WEIGHTS, real_set, show_table
 from edge_dkm.message import json_schema
 from tests.broker import Mosquitto, Subscriber
 from tests.waiting import wait_until
@@ -50,29 +50,33 @@ def command(name: str, *words: str | Path) -> None:
     subprocess.run([Path(sys.executable).with_name(name), *words], check=True, stdout=subprocess.DEVNULL)
 
 
+def set_all(places: list[str]) -> list[str]:
+    """`--set` before each."""
+    return [word for place in places for word in ("--set", place)]
+
+
+def learn(folder: Path) -> list[str]:
+    """Records the first two switches, trains, exports; returns the settings that the line needs to run the model."""
+    film = f"cameras.belt.source=file:{real_set('conveyor_belt.mp4')}"
+    frames, run, model = folder / "frames", folder / "run", folder / "part.onnx"
+    command("edge-dkm", "record", "conveyor", "--frames", "all", "--parts", "2", "--out", frames, "--set", film)
+    command("dkm-train", "fit", "conveyor", *set_all([f"data.path={frames}", WEIGHTS]), "--out", run)
+    command("dkm-export", run, "-o", model)
+    return [film, f"model={model}", f"state={folder / 'state'}"]
+
+
 def measure(folder: Path) -> Line:
     """Runs all of it in `folder`. Every message is validated against its JSON Schema as it is counted.
 
     Raises:
         jsonschema.ValidationError: a message is not what its schema says.
     """
-    film = f"cameras.belt.source=file:{real_set('conveyor_belt.mp4')}"
-    weights = f"encoder.weights={REAL_SETS.parent / 'weights/squeezenet1_0-imagenet.safetensors'}"
-    frames, run, model = folder / "frames", folder / "run", folder / "part.onnx"
-    command("edge-dkm", "record", "conveyor", "--frames", "all", "--parts", "2", "--out", frames, "--set", film)
-    command("dkm-train", "fit", "conveyor", "--set", f"data.path={frames}", "--set", weights, "--out", run)
-    command("dkm-export", run, "-o", model)
+    places = learn(folder)
     broker = Mosquitto(folder)
     try:
         subscriber = Subscriber(broker.port)
-        places = (
-            f"model={model}",
-            f"state={folder / 'state'}",
-            "mqtt.host=127.0.0.1",
-            f"mqtt.port={broker.port}",
-            film,
-        )
-        command("edge-dkm", "run", "conveyor", *(word for place in places for word in ("--set", place)))
+        places += ["mqtt.host=127.0.0.1", f"mqtt.port={broker.port}"]
+        command("edge-dkm", "run", "conveyor", *set_all(places))
         wait_until(lambda: "stopped" in [m["state"] for m in subscriber.of("dkm.status/1")])
         subscriber.close()
     finally:

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import numpy as np
 
-from benchmarks.line.conveyor import command
-from benchmarks.table import REAL_SETS, real_set, show_table
+from benchmarks.line.conveyor import learn, set_all
+from benchmarks.table import show_table
 from tests.broker import free_port
 
 WARM_UP_S, SAMPLES, EVERY_S = 6.0, 20, 1.0
@@ -34,18 +34,9 @@ def pss_mb(pid: int) -> float:
 
 
 def main() -> None:
-    film = f"cameras.belt.source=file:{real_set('conveyor_belt.mp4')}"
-    weights = f"encoder.weights={REAL_SETS.parent / 'weights/squeezenet1_0-imagenet.safetensors'}"
     with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        frames, run, model = folder / "frames", folder / "run", folder / "part.onnx"
-        command("edge-dkm", "record", "conveyor", "--parts", "2", "--frames", "all", "--out", frames, "--set", film)
-        command("dkm-train", "fit", "conveyor", "--set", f"data.path={frames}", "--set", weights, "--out", run)
-        command("dkm-export", run, "-o", model)
         places = [
-            film,
-            f"model={model}",
-            f"state={folder / 'state'}",
+            *learn(Path(name)),
             f"mqtt.port={free_port()}",
             "cameras.belt.pace=source",
             "cameras.belt.fps=30",
@@ -53,9 +44,8 @@ def main() -> None:
             "cameras.belt.policy=latest",
             "cameras.belt.trigger={kind: free}",
         ]
-        words = [word for place in places for word in ("--set", place)]
         with subprocess.Popen(
-            [Path(sys.executable).with_name("edge-dkm"), "run", "conveyor", *words],
+            [Path(sys.executable).with_name("edge-dkm"), "run", "conveyor", *set_all(places)],
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
         ) as line:

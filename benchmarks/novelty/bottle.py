@@ -15,7 +15,7 @@ from pathlib import Path
 
 from scipy.stats import betabinom
 
-from benchmarks.table import real_set, show_table, spread
+from benchmarks.table import WEIGHTS, real_set, show_table, spread
 from trainer import FitOptions, fit
 from trainer.evaluate import Evaluation, evaluate
 
@@ -33,7 +33,7 @@ def measure(overrides: tuple[str, ...], seed: int) -> tuple[Evaluation, int, flo
     data = real_set("mvtec_bottle_225")
     with tempfile.TemporaryDirectory() as folder:
         started_s = time.monotonic()
-        overrides = (*overrides, f"train.seed={seed}", f"data.path={data / 'train'}")
+        overrides = (*overrides, f"train.seed={seed}", f"data.path={data / 'train'}", WEIGHTS)
         run = fit("bottle_ae_kmeans", FitOptions(Path(folder), overrides))
         seconds = time.monotonic() - started_s
         return evaluate(run, str(data / "test")), int(run.info["novelty"]["n_calib"]), seconds

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import socket
 import threading
 import time
 from pathlib import Path
@@ -14,6 +13,7 @@ from devices.settings import CameraSettings
 from devices.sources import is_live, mask, open_source, source_kind
 from devices.sources.live import LiveCapture
 from devices.sources.synthetic import Conveyor, ConveyorOptions
+from tests.broker import free_port
 from tests.devices.conftest import film
 from tests.images import write_png
 
@@ -110,14 +110,8 @@ def test_passwords_are_masked_in_messages() -> None:
     assert mask("rtsp://user:secret@10.0.0.7/ch1") == "rtsp://user:***@10.0.0.7/ch1"
     assert mask("file:a@b.mp4") == "file:a@b.mp4"
     with pytest.raises(CameraError) as caught:
-        open_source(camera(f"rtsp://user:secret@127.0.0.1:{_free_port()}/x"))
+        open_source(camera(f"rtsp://user:secret@127.0.0.1:{free_port()}/x"))
     assert "secret" not in str(caught.value) and caught.value.code == "C-OPEN"
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def test_a_network_camera_gives_frames_and_says_when_it_is_lost(mjpeg_camera: str) -> None:

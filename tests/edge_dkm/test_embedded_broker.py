@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 
 from edge_dkm import embedded_broker
-from edge_dkm.embedded_broker import EmbeddedBroker, find_mosquitto
+from edge_dkm.embedded_broker import EmbeddedBroker
 from edge_dkm.errors import BrokerError
 from edge_dkm.settings import LineSettings
-from tests.broker import Subscriber, free_port
+from tests.broker import Subscriber, free_port, needs_mosquitto
 from tests.waiting import wait_until
 
 START = """
@@ -28,9 +28,8 @@ sys.stdin.read()
 
 @pytest.mark.broker
 @pytest.mark.parametrize("kill", [signal.SIGKILL, signal.SIGTERM])
+@needs_mosquitto
 def test_the_broker_ends_with_the_line_even_when_that_is_killed(kill: signal.Signals, tmp_path: Path) -> None:
-    if find_mosquitto() is None:
-        pytest.skip("Mosquitto is not installed")
     port = free_port()
     line = subprocess.Popen(
         [sys.executable, "-c", START, str(port), str(tmp_path)],
@@ -46,9 +45,8 @@ def test_the_broker_ends_with_the_line_even_when_that_is_killed(kill: signal.Sig
 
 
 @pytest.mark.broker
+@needs_mosquitto
 def test_ctrl_c_reaches_the_line_and_not_its_broker(tmp_path: Path) -> None:
-    if find_mosquitto() is None:
-        pytest.skip("Mosquitto is not installed")
     broker = EmbeddedBroker(free_port(), tmp_path)
     try:
         assert os.getpgid(broker._process.pid) != os.getpgid(0)

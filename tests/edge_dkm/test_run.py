@@ -18,7 +18,6 @@ import pytest
 
 from devices.errors import CameraError
 from edge_dkm import supervisor
-from edge_dkm.embedded_broker import find_mosquitto
 from edge_dkm.errors import BrokerError, LockedError, ModelError, StorageError, UsageError
 from edge_dkm.inspector import Inspector
 from edge_dkm.message import json_schema
@@ -27,7 +26,7 @@ from edge_dkm.pipeline import Pipeline
 from edge_dkm.settings import LineSettings
 from edge_dkm.state import StateFolder
 from edge_dkm.supervisor import run_line
-from tests.broker import Mosquitto, Subscriber, free_port
+from tests.broker import Mosquitto, Subscriber, free_port, needs_mosquitto
 from tests.images import draw, write_png
 from tests.waiting import wait_until
 
@@ -311,6 +310,7 @@ def test_two_cameras_run_side_by_side_each_with_its_own_count(
     assert [r["seq"] for r in subscriber.of("dkm.result/1")] == list(range(1, 25))
 
 
+@needs_mosquitto
 def test_the_embedded_broker_is_enough_for_a_first_try(
     make_line: Make, subscribe: Subscribe, part_folder: Path
 ) -> None:
@@ -318,8 +318,6 @@ def test_the_embedded_broker_is_enough_for_a_first_try(
 
     from edge_dkm.watch import watch
 
-    if find_mosquitto() is None:
-        pytest.skip("Mosquitto is not installed")
     port = free_port()
     settings = make_line(
         port,
@@ -339,13 +337,12 @@ def test_the_embedded_broker_is_enough_for_a_first_try(
     assert not reader.is_alive() and sum(t == "dkm/v1/st1/top/result" for t in seen) == 12
 
 
+@needs_mosquitto
 def test_watching_an_embedded_broker_ends_with_its_line_and_without_an_error(make_line: Make) -> None:
     from concurrent.futures import ThreadPoolExecutor
 
     from edge_dkm.watch import watch
 
-    if find_mosquitto() is None:
-        pytest.skip("Mosquitto is not installed")
     port = free_port()
     settings = make_line(port, mqtt=f"{{host: embedded, port: {port}}}")
     with ThreadPoolExecutor(1) as pool:
