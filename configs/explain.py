@@ -7,6 +7,7 @@ import typing
 from collections.abc import Iterable, Sequence
 
 from pydantic import BaseModel, ValidationError
+from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
 from configs.document import Node
@@ -110,14 +111,19 @@ def _did_you_mean(word: str, known: Iterable[str]) -> str:
 
 def _field_words(model: type[BaseModel], root: Node, loc: Loc) -> str:
     for candidate in _models_at(model, root, loc[:-1]):
-        info = candidate.model_fields.get(str(loc[-1]))
+        info = _fields(candidate).get(str(loc[-1]))
         if info is not None and info.description:
             return info.description
     return "a value"
 
 
 def _known_fields(model: type[BaseModel], root: Node, loc: Loc) -> set[str]:
-    return {name for candidate in _models_at(model, root, loc) for name in candidate.model_fields}
+    return {name for candidate in _models_at(model, root, loc) for name in _fields(candidate)}
+
+
+def _fields(model: type[BaseModel]) -> dict[str, FieldInfo]:
+    """Fields by the name they have in the file."""
+    return {field.alias or name: field for name, field in model.model_fields.items()}
 
 
 def _models_at(model: type[BaseModel], root: Node, loc: Loc) -> list[type[BaseModel]]:
@@ -134,7 +140,7 @@ def _models_at(model: type[BaseModel], root: Node, loc: Loc) -> list[type[BaseMo
             continue
         nested: list[type[BaseModel]] = []
         for candidate in found:
-            info = candidate.model_fields.get(str(key))
+            info = _fields(candidate).get(str(key))
             if info is not None:
                 nested += _models_in(info.annotation)
         if nested:

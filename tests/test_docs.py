@@ -49,7 +49,10 @@ def test_every_setting_is_described(title: str, settings: type[Settings]) -> Non
     assert [key for key in settings.model_fields if not re.search(rf"\b{key}\b", text)] == []
     nested = [field.annotation for field in settings.model_fields.values()]
     keys = [
-        key for kind in nested if isinstance(kind, type) and issubclass(kind, Settings) for key in kind.model_fields
+        field.alias or key
+        for kind in nested
+        if isinstance(kind, type) and issubclass(kind, Settings)
+        for key, field in kind.model_fields.items()
     ]
     assert len(keys) > 15 and [key for key in keys if not re.search(rf"\b{key}\b", text)] == []
 

@@ -4,6 +4,7 @@ config.yaml          resolved settings             encoder.safetensors    encode
 model.json           what was learned from what    codebook.safetensors   projection, centroids, radii, calibration parts
 labels.yaml          names and verdicts, editable  metrics.jsonl          one line per epoch, then the result
 assignments.csv      one line per image            report.html            one file, offline
+autoencoder.safetensors    encoder and decoder as pre-training left them, where there was some
 golden/              images the exporter proves its graph on       checkpoints/ while training
 """
 

@@ -17,17 +17,17 @@ from torch import nn
 
 from configs import Sources, find, load_settings
 from trainer.artifact import Run, build_model, save_run, write_config
+from trainer.autoencoder import SharedAutoencoder
 from trainer.checkpoint import NAME, Position, load_checkpoint
 from trainer.codebook import Embedded, cluster_table, finish, set_calibration
 from trainer.data import Dataset, load_dataset
 from trainer.errors import DataError
 from trainer.golden import choose, save_images
 from trainer.images import open_images
-from trainer.learner import Learner
+from trainer.learner import Learner, LearnerOptions
 from trainer.loop import METRICS, Loop, append_metrics
 from trainer.methods import METHODS
 from trainer.novelty import NoveltySettings
-from trainer.pretrain import pretrain_stages
 from trainer.progress import Progress, Silent
 from trainer.provenance import Outcome, describe
 from trainer.report import write_report
@@ -74,7 +74,9 @@ def fit(config: str | Path | TrainSettings, options: FitOptions | None = None) -
         model = build_model(settings, (dataset.pixels.shape[1], dataset.pixels.shape[2]), len(split.train)).to(device)
         model.encoder.load_pretrained()
         model.preprocess.fit_normalise(dataset.pixels[torch.from_numpy(split.train)])
-        learner = Learner(model, dataset.pixels[torch.from_numpy(split.train)], settings.train.seed)
+        how = LearnerOptions(settings.train.seed, settings.augment, settings.train.precision)
+        learner = Learner(model, dataset.pixels[torch.from_numpy(split.train)], how)
+        model.encoder.fit_stem(learner.normalised_batches())
         started_s -= _train(settings, learner, dataset, folder, options)
         run, outcome = _finish(settings, learner, dataset, split)
     run.info["train"]["minutes"] = round((time.monotonic() - started_s) / 60, 2)
@@ -154,9 +156,11 @@ def _train(settings: TrainSettings, learner: Learner, dataset: Dataset, folder: 
         method.init_centroids()
 
     centroids = Stage("init", 0, settings.train.batch_size, OptimizerSettings(), [], learner.latents, begin=init)
-    stages = [*pretrain_stages(settings.pretrain, learner, settings.train.batch_size), centroids, *method.stages()]
     digest = hashlib.sha256(json.dumps(settings.plain(), sort_keys=True).encode()).hexdigest()
     checkpoint = load_checkpoint(folder / "checkpoints", digest, dataset.manifest_sha256) if options.resume else None
+    shared = SharedAutoencoder(settings, dataset.manifest_sha256, folder)
+    pretraining = shared.stages(learner, may_load=checkpoint is None)
+    stages = [*pretraining, centroids, *method.stages()]
     loop = Loop(
         learner,
         method,

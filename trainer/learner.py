@@ -1,56 +1,130 @@
-"""The training side of a model: its training pixels on the device, batches of them, cached features of a frozen encoder."""
+"""The training side of a model: its training pixels on the device, batches of them, reconstruction, cached features of what never trains."""
 
 from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 
+from trainer.augment import AugmentSettings, augment
+from trainer.errors import DataError
 from trainer.model import PREDICT_BATCH, ClusterModel
 
 
-class Learner:
-    """`pixels`: (N, h, w, 3 or 1) training pixels. `decoder` exists while an autoencoder is pre-trained, else None."""
+@dataclass(frozen=True)
+class LearnerOptions:
+    """`precision: bf16` runs the training batches' encoder and decoder in bfloat16; losses, distances and full passes stay float32."""
 
-    def __init__(self, model: ClusterModel, pixels: Tensor, seed: int) -> None:
-        self.model, self.seed = model, seed
+    seed: int
+    augment: AugmentSettings = field(default_factory=AugmentSettings)
+    precision: str = "fp32"
+
+
+class Learner:
+    """`pixels`: (N, h, w, 3 or 1) training pixels. `decoder`: where the encoder has one and something needs it, else None."""
+
+    def __init__(self, model: ClusterModel, pixels: Tensor, options: LearnerOptions) -> None:
+        self.model, self.options, self.seed = model, options, options.seed
         self.device = model.centroids.device
         self.pixels = pixels.to(self.device)
         self.decoder: nn.Module | None = None
-        self._frozen_features: Tensor | None = None
+        self._stem_outputs: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.pixels)
 
-    def inputs(self, index: Tensor) -> Tensor:
-        """Normalised encoder inputs (B, C, h, w) of samples `index`."""
-        return self.model.preprocess.normalise(self.pixels[index])
+    def need_decoder(self, why: str) -> nn.Module:
+        """The decoder, built at the first call.
+
+        Raises:
+            DataError: the encoder has none; `why` is the setting that asks for it.
+        """
+        if self.decoder is None:
+            decoder = self.model.encoder.build_decoder() if self.model.encoder.is_trainable else None
+            if decoder is None:
+                raise DataError(
+                    f"{why} needs a reconstruction, but encoder {self.model.encoder.settings.name} has no decoder (or is "
+                    f"frozen), expected encoder mlp, conv, resnet or feature_mlp, which reconstructs pretrained features"
+                )
+            self.decoder = decoder.to(self.device)
+        return self.decoder
+
+    def normalised_batches(self) -> Iterator[Tensor]:
+        """Encoder inputs (B, C, h, w) of all training samples, as they are."""
+        indices = torch.arange(len(self), device=self.device)
+        return (self._normalised(part) for part in indices.split(PREDICT_BATCH))
+
+    def batch(self, index: Tensor) -> Tensor:
+        """What the trained part of the encoder sees of samples `index` (B,) while training: changed as `augment:` says."""
+        if self.options.augment.is_identity:
+            return self._clean(index)
+        return self.model.encoder.stem(augment(self._normalised(index), self.options.augment))
 
     def features(self, index: Tensor) -> Tensor:
-        """Encoder features (B, F); from the cache where the encoder is frozen."""
-        if self.model.encoder.is_trainable:
-            return self.model.encoder(self.inputs(index))
-        return self.all_features()[index]
+        """Encoder features (B, F) of a training batch, with gradients."""
+        return self._head(self.batch(index))
 
     def latents(self, index: Tensor) -> Tensor:
-        """Embeddings in cluster space (B, D), with gradients."""
-        return self.model.projection.to_cluster_space(self.model.projection(self.features(index)))
+        """Embeddings in cluster space (B, D) of a training batch, with gradients."""
+        return self._to_latents(self.features(index))
+
+    def reconstruct(self, index: Tensor) -> tuple[Tensor, Tensor]:
+        """Embeddings in cluster space (B, D), and the squared error of the reconstruction (B,), summed over an image's elements."""
+        decoder = self.need_decoder("the loss")
+        x = self.batch(index)
+        features = self._head(x)
+        with self._autocast():
+            output = decoder(features)
+        return self._to_latents(features), (output.float() - x).square().flatten(1).sum(1)
+
+    @property
+    def elements(self) -> int:
+        """Elements of one reconstruction: d in the papers."""
+        return self._clean(torch.zeros(1, dtype=torch.int64, device=self.device)).numel()
 
     @torch.no_grad()
     def all_features(self) -> Tensor:
-        """Features (N, F) of all training samples, in eval mode."""
-        if self._frozen_features is not None:
-            return self._frozen_features
+        """Features (N, F) of all training samples as they are, in eval mode."""
         encoder = self.model.encoder
         was_training = encoder.training
         encoder.eval()
         indices = torch.arange(len(self), device=self.device)
-        features = torch.cat([encoder(self.inputs(part)) for part in indices.split(PREDICT_BATCH)])
+        features = torch.cat([encoder.head(self._clean(part)) for part in indices.split(PREDICT_BATCH)])
         encoder.train(was_training)
-        if not encoder.is_trainable:
-            self._frozen_features = features
         return features
 
     @torch.no_grad()
     def all_latents(self) -> Tensor:
         """Embeddings in cluster space (N, D) of all training samples, in eval mode."""
-        return self.model.projection.to_cluster_space(self.model.projection(self.all_features()))
+        return self._to_latents(self.all_features())
+
+    def _normalised(self, index: Tensor) -> Tensor:
+        return self.model.preprocess.normalise(self.pixels[index])
+
+    @torch.no_grad()
+    def _clean(self, index: Tensor) -> Tensor:
+        """What the encoder's head sees of samples as they are; the outputs of a frozen stem are computed once."""
+        encoder = self.model.encoder
+        if not encoder.has_stem:
+            return self._normalised(index)
+        if self._stem_outputs is None:
+            was_training = encoder.training
+            encoder.eval()
+            self._stem_outputs = torch.cat([encoder.stem(batch) for batch in self.normalised_batches()])
+            encoder.train(was_training)
+        return self._stem_outputs[index]
+
+    def _head(self, x: Tensor) -> Tensor:
+        with self._autocast():
+            return self.model.encoder.head(x).float()
+
+    def _autocast(self) -> contextlib.AbstractContextManager[object]:
+        if self.options.precision == "fp32":
+            return contextlib.nullcontext()
+        return torch.autocast(self.device.type, torch.bfloat16)
+
+    def _to_latents(self, features: Tensor) -> Tensor:
+        return self.model.projection.to_cluster_space(self.model.projection(features))

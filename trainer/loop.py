@@ -60,6 +60,8 @@ class Loop:
         if checkpoint is not None:
             checkpoint.restore_optimizer(optimizer)
             first = checkpoint.position.step
+        elif number:
+            self._save(number, 0, optimizer)  # a stage that collapses leaves what it started from
         self.progress.stage(stage.name, stage.epochs, first // steps)
         for epoch in range(first // steps, stage.epochs):
             started_s = time.monotonic()
@@ -80,6 +82,7 @@ class Loop:
                 break
             if time.monotonic() - self.saved_s >= self.checkpoint_every_s:
                 self._save(number, (epoch + 1) * steps, optimizer)
+        stage.end()
 
     def _steps(self, stage: Stage) -> int:
         """Steps per epoch."""
@@ -116,6 +119,7 @@ class Loop:
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             optimizer.step()
+            stage.after_step(batches[position])
             total += loss.detach()
         for module in stage.modules:
             module.eval()

@@ -10,7 +10,7 @@ from __future__ import annotations
 from typing import Literal
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from configs import Settings
@@ -21,13 +21,27 @@ from trainer.stage import OptimizerSettings, Stage
 
 
 class PretrainSettings(Settings):
-    """`epochs` of end-to-end reconstruction; `layer_epochs` for each layer before that with `layerwise`. `noise` is the dropout rate there."""
+    """`epochs` of end-to-end reconstruction; `layer_epochs` for each layer before that with `layerwise`. `noise` is the dropout rate there.
+
+    `from` takes the pre-trained autoencoder of another run on the same images; `cache` is a folder where every run leaves its own and
+    finds those of equal recipe and seed.
+    """
 
     kind: Literal["end_to_end", "layerwise", "none"] = "end_to_end"
     epochs: int = Field(100, ge=1)
     layer_epochs: int = Field(50, ge=1)
     noise: float = Field(0.2, ge=0, lt=1)
     optimizer: OptimizerSettings = OptimizerSettings()
+    from_run: str | None = Field(None, alias="from", description="a run folder; its autoencoder is taken")
+    cache: str | None = Field(None, description="a folder of autoencoders, shared by runs")
+
+    @model_validator(mode="after")
+    def _something_to_take(self) -> PretrainSettings:
+        if self.kind == "none" and self.from_run is not None:
+            raise ValueError(
+                f"from is {self.from_run} with kind none, expected kind end_to_end or layerwise, or no from"
+            )
+        return self
 
 
 def pretrain_stages(settings: PretrainSettings, learner: Learner, batch_size: int) -> list[Stage]:
@@ -39,19 +53,13 @@ def pretrain_stages(settings: PretrainSettings, learner: Learner, batch_size: in
     encoder = learner.model.encoder
     if settings.kind == "none" or not encoder.is_trainable:
         return []
-    decoder = encoder.build_decoder()
-    if decoder is None:
-        raise DataError(
-            f"pretrain.kind is {settings.kind}, but the encoder has no decoder to reconstruct with, expected pretrain.kind: none"
-        )
-    learner.decoder = decoder.to(learner.device)
+    decoder = learner.need_decoder(f"pretrain.kind {settings.kind}")
     stages = _layerwise(settings, learner, batch_size) if settings.kind == "layerwise" else []
 
     def loss(index: Tensor) -> Tensor:
-        x = learner.inputs(index)
-        return nn.functional.mse_loss(decoder(encoder(x)), x)  # mean over all elements: sum / (B d)
+        return learner.reconstruct(index)[1].mean() / learner.elements  # mean over all elements: sum / (B d)
 
-    parameters = [*encoder.parameters(), *decoder.parameters()]
+    parameters = [p for p in (*encoder.parameters(), *decoder.parameters()) if p.requires_grad]
     return [
         *stages,
         Stage("reconstruct", settings.epochs, batch_size, settings.optimizer, parameters, loss, [encoder, decoder]),
@@ -85,7 +93,7 @@ class _LayerLoss:
 
     def __call__(self, index: Tensor) -> Tensor:
         with torch.no_grad():
-            clean = self.learner.inputs(index).flatten(1)
+            clean = self.learner.batch(index).flatten(1)
             for layer in self.encoder.layers[: self.n]:
                 clean = torch.relu(layer(clean))
         hidden = self.layer(clean if self.is_first else nn.functional.dropout(clean, self.noise))

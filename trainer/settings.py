@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, Union
 from pydantic import Field
 
 from configs import Settings
+from trainer.augment import AugmentSettings
 from trainer.encoders import ENCODERS
 from trainer.encoders.base import EncoderSettings
 from trainer.images import DataSettings
@@ -26,12 +27,16 @@ else:  # the registries decide at run time what may stand here
 
 
 class LoopSettings(Settings):
-    """`batch_size` of every stage; `deterministic` gives equal arrays for equal seeds on a CPU."""
+    """`batch_size` of every stage; `deterministic` gives equal arrays for equal seeds on a CPU.
+
+    `precision: bf16` trains encoder and decoder in bfloat16 (half the time where the processor has it); full passes stay float32.
+    """
 
     seed: int = Field(0, ge=0)
     batch_size: int = Field(256, ge=1)
     device: Literal["auto", "cpu", "cuda"] = "auto"
     deterministic: bool = True
+    precision: Literal["fp32", "bf16"] = "fp32"
     checkpoint_every_s: float = Field(60.0, ge=0)
 
 
@@ -41,6 +46,7 @@ class TrainSettings(Settings):
     version: Literal[1] = 1
     data: DataSettings
     preprocess: PreprocessSettings = PreprocessSettings()
+    augment: AugmentSettings = AugmentSettings()
     encoder: AnyEncoder
     projection: ProjectionSettings = ProjectionSettings()
     pretrain: PretrainSettings = PretrainSettings()
@@ -55,4 +61,4 @@ class TrainSettings(Settings):
 
     def plain(self) -> dict[str, Any]:
         """As YAML and JSON take it."""
-        return self.model_dump(mode="json")
+        return self.model_dump(mode="json", by_alias=True)

@@ -29,7 +29,8 @@ class OptimizerSettings(Settings):
     def build(self, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
         """An optimizer over `parameters`."""
         if self.kind == "adam":
-            return torch.optim.Adam(parameters, self.lr, weight_decay=self.weight_decay)
+            # fused: one pass over memory instead of four; the parameters of small encoders are what a CPU waits for.
+            return torch.optim.Adam(parameters, self.lr, weight_decay=self.weight_decay, fused=True)
         return torch.optim.SGD(parameters, self.lr, momentum=self.momentum, weight_decay=self.weight_decay)
 
     def lr_at(self, epoch: int) -> float:
@@ -51,6 +52,9 @@ def _nothing() -> None: ...
 def _no_step(step: int) -> None: ...
 
 
+def _no_batch(index: Tensor) -> None: ...
+
+
 def _go_on(epoch: int) -> EpochReport:
     return EpochReport()
 
@@ -60,7 +64,8 @@ class Stage:
     """`loss(index)` of training samples `index` (B,) is all that is mandatory; the hooks have plain defaults.
 
     `begin` runs once when the stage starts, not when it is resumed; `before_step(step)` before every step, counted from 0 over the
-    stage; `after_epoch(epoch)` may stop the stage. `modules` are put into training mode.
+    stage; `after_step(index)` after it, with the step's samples; `after_epoch(epoch)` may stop the stage; `end` runs after
+    the last epoch. `modules` are put into training mode.
     """
 
     name: str
@@ -72,4 +77,6 @@ class Stage:
     modules: list[nn.Module] = field(default_factory=list)
     begin: Callable[[], None] = _nothing
     before_step: Callable[[int], None] = _no_step
+    after_step: Callable[[Tensor], None] = _no_batch
     after_epoch: Callable[[int], EpochReport] = _go_on
+    end: Callable[[], None] = _nothing

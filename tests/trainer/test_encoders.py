@@ -8,6 +8,7 @@ from safetensors.torch import save_file
 
 from trainer.encoders import ENCODERS, Encoder
 from trainer.encoders.conv import ConvSettings
+from trainer.encoders.feature_mlp import FeatureMLPSettings
 from trainer.encoders.mlp import MLPSettings
 from trainer.encoders.pretrained import PretrainedSettings
 from trainer.encoders.resnet import ResNetSettings
@@ -22,6 +23,7 @@ def build(name: str, shape: tuple[int, int, int]) -> Encoder:
         "conv": ConvSettings(dim=5),
         "resnet": ResNetSettings(dim=5),
         "pretrained": PretrainedSettings(weights=""),
+        "feature_mlp": FeatureMLPSettings(backbone=PretrainedSettings(weights=""), hidden=(16,), dim=5),
     }
     return ENCODERS[name](settings[name], shape)
 
@@ -37,8 +39,26 @@ def test_features_have_the_announced_size_and_the_decoder_restores_the_shape(
     assert features.shape == (2, encoder.out_dim)
     decoder = encoder.build_decoder()
     if decoder is not None:
-        assert decoder.eval()(features).shape == x.shape
+        assert decoder.eval()(features).shape == encoder.stem(x).shape
     assert (decoder is None) == (name == "pretrained")
+
+
+def test_the_input_of_feature_mlp_is_scaled_to_a_mean_square_of_one_and_frozen() -> None:
+    encoder = build("feature_mlp", (3, 48, 48)).eval()
+    batches = [torch.randn(45, 3, 48, 48, generator=torch.Generator().manual_seed(n)) for n in range(2)]
+    encoder.fit_stem(batches)
+    x = torch.cat([encoder.stem(batch) for batch in batches])
+    assert x.shape == (90, 64, 1, 1) and float(x.square().mean()) == pytest.approx(1.0, rel=1e-4)
+    assert not x.requires_grad and encoder.head(x).requires_grad
+
+
+def test_feature_mlp_says_what_it_cannot_do() -> None:
+    backbone = PretrainedSettings(weights="", trainable=True)
+    with pytest.raises(DataError, match="expected trainable: false"):
+        ENCODERS["feature_mlp"](FeatureMLPSettings(backbone=backbone), (3, 48, 48))
+    encoder = build("feature_mlp", (3, 48, 48))
+    with pytest.raises(DataError, match=r"encoder\.input\.dim is 64, but there are 5 training images"):
+        encoder.fit_stem([torch.randn(5, 3, 48, 48)])
 
 
 def test_the_mlp_is_the_papers_shape() -> None:

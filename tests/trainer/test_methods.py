@@ -16,7 +16,13 @@ from trainer import FitOptions, Run, fit, load_run
 from trainer.methods import METHODS
 from trainer.settings import TrainSettings
 
-EXTRA = {"dec": "{name: dec, n_clusters: 3, n_init: 3, epochs: 2, optimizer: {kind: adam, lr: 0.001}}"}
+EXTRA = {
+    "dec": "{name: dec, n_clusters: 3, n_init: 3, epochs: 2, optimizer: {kind: adam, lr: 0.001}}",
+    "idec": "{name: idec, n_clusters: 3, n_init: 3, epochs: 2}",
+    "dcn": "{name: dcn, n_clusters: 3, n_init: 3, epochs: 2, kmeans_every_epochs: 2}",
+    "dekm": "{name: dekm, n_clusters: 3, n_init: 3, epochs: 2, refresh_steps: 2}",
+    "dkm": "{name: dkm, n_clusters: 3, n_init: 3, rounds: 2, epochs_per_alpha: 1}",
+}
 
 
 def images_of(folder: Path) -> list[np.ndarray]:

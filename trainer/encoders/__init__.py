@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from trainer.encoders.base import Encoder
 from trainer.encoders.conv import ConvEncoder
+from trainer.encoders.feature_mlp import FeatureMLPEncoder
 from trainer.encoders.mlp import MLPEncoder
 from trainer.encoders.pretrained import PretrainedEncoder
 from trainer.encoders.resnet import ResNetEncoder
@@ -13,6 +14,7 @@ ENCODERS: dict[str, type[Encoder]] = {
     "conv": ConvEncoder,
     "resnet": ResNetEncoder,
     "pretrained": PretrainedEncoder,
+    "feature_mlp": FeatureMLPEncoder,
 }
 
 __all__ = ["ENCODERS", "Encoder"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import ClassVar
 
 from torch import Tensor, nn
@@ -18,22 +19,37 @@ class EncoderSettings(Settings):
 
 
 class Encoder(nn.Module):
-    """x (B, C, H, W), normalised -> features (B, F). Subclasses hold their frozen `Settings`, whose `name` is the key in YAML."""
+    """x (B, C, H, W), normalised -> stem, which never trains -> head -> features (B, F).
+
+    Most encoders are all head. Subclasses hold their frozen `Settings`, whose `name` is the key in YAML.
+    """
 
     Settings: ClassVar[type[EncoderSettings]]
     out_dim: int
     is_trainable: bool = True
+    has_stem: bool = False
 
     def __init__(self, settings: EncoderSettings, shape: Shape) -> None:
         super().__init__()
         self.settings, self.shape = settings, shape
 
     def forward(self, x: Tensor) -> Tensor:
-        raise TypeError(f"{type(self).__name__} has no forward")
+        return self.head(self.stem(x))
+
+    def stem(self, x: Tensor) -> Tensor:
+        """The frozen part, whose outputs a learner computes once."""
+        return x
+
+    def head(self, x: Tensor) -> Tensor:
+        """The part that trains."""
+        raise TypeError(f"{type(self).__name__} has no head")
 
     def load_pretrained(self) -> None:
         """Loads the weights that the settings name; `fit` calls it once, a saved run brings its own."""
 
+    def fit_stem(self, batches: Iterable[Tensor]) -> None:
+        """Sets what the stem takes from the training images x (B, C, H, W), once, before training."""
+
     def build_decoder(self) -> nn.Module | None:
-        """A decoder features (B, F) -> (B, C, H, W) to pre-train with; None where there is none."""
+        """A decoder features (B, F) -> what the head sees, to pre-train with; None where there is none."""
         return None

@@ -46,7 +46,7 @@ class ConvEncoder(Encoder):
         self.out_dim = settings.dim
         self.linear = nn.Linear(self.inner[0] * self.inner[1] * self.inner[2], settings.dim)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def head(self, x: Tensor) -> Tensor:
         for layer in (self.conv1, self.conv2, self.conv3):
             x = torch.relu(layer(x))
         return self.linear(x.flatten(1))

@@ -37,7 +37,7 @@ class MLPEncoder(Encoder):
         self.widths = list(pairwise(widths))
         self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in self.widths)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def head(self, x: Tensor) -> Tensor:
         h = x.flatten(1)  # (B, C*H*W)
         for layer in self.layers[:-1]:
             h = torch.relu(layer(h))

@@ -158,12 +158,19 @@ class PretrainedEncoder(Encoder):
             self.trunk = SqueezeNet(shape[0], settings.layers)
         self.out_dim = sum(self.trunk.widths) * (2 if settings.pool == "mean_std" else 1)
         self.is_trainable = settings.trainable
+        self.has_stem = not settings.trainable
         self.requires_grad_(settings.trainable)
 
     def load_pretrained(self) -> None:
         self.trunk.load(self.settings.weights)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def stem(self, x: Tensor) -> Tensor:
+        return x if self.is_trainable else self._pooled(x)
+
+    def head(self, x: Tensor) -> Tensor:
+        return self._pooled(x) if self.is_trainable else x
+
+    def _pooled(self, x: Tensor) -> Tensor:
         maps = self.trunk(x)
         pooled = [m.mean((2, 3)) for m in maps]
         if self.settings.pool == "mean_std":

@@ -69,7 +69,7 @@ class ResNetEncoder(Encoder):
         self.is_trainable = settings.trainable
         self.requires_grad_(settings.trainable)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def head(self, x: Tensor) -> Tensor:
         x = self.maxpool(torch.relu(self.bn1(self.conv1(x))))
         for n in range(1, 5):
             x = self.get_submodule(f"layer{n}")(x)

@@ -4,11 +4,19 @@ from __future__ import annotations
 
 from trainer.methods.ae_kmeans import AEKMeans
 from trainer.methods.base import Method
+from trainer.methods.dcn import DCN
 from trainer.methods.dec import DEC
+from trainer.methods.dekm import DEKM
+from trainer.methods.dkm import DKM
+from trainer.methods.idec import IDEC
 
 METHODS: dict[str, type[Method]] = {
     "ae_kmeans": AEKMeans,
     "dec": DEC,
+    "idec": IDEC,
+    "dcn": DCN,
+    "dkm": DKM,
+    "dekm": DEKM,
 }
 
 __all__ = ["METHODS", "Method"]

@@ -1,0 +1,57 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+from tests.trainer.learning import KINDS, blob_learner
+from trainer.methods.dcn import DCN, DCNSettings, running_means
+
+
+def test_a_batch_of_running_means_equals_one_sample_after_the_other() -> None:
+    generator = torch.Generator().manual_seed(0)
+    mu, z = torch.randn(4, 3, generator=generator), torch.randn(50, 3, generator=generator)
+    labels = torch.randint(0, 3, (50,), generator=generator)  # cluster 3 gets nobody
+    counts = torch.tensor([100.0, 5.0, 1.0, 7.0])
+    sequential, c = mu.clone(), counts.clone()
+    for row, label in zip(z, labels, strict=True):
+        c[label] += 1
+        sequential[label] -= (sequential[label] - row) / c[label]
+    batch, total = running_means(mu, counts, z, labels)
+    assert torch.allclose(batch, sequential, atol=1e-5) and torch.equal(total, c)
+    assert torch.equal(batch[3], mu[3])
+
+
+def test_the_loss_is_the_papers_by_hand() -> None:
+    learner = blob_learner()
+    method = DCN(DCNSettings(n_clusters=KINDS, clustering_weight=3.0), learner, 16)
+    method.begin()
+    index = torch.arange(7)
+    z, error = learner.reconstruct(index)
+    mu = learner.model.centroids.detach()
+    pull = sum(float((z[n].detach() - mu[method.labels[n]]).square().sum()) for n in range(7)) / 7
+    assert method.loss(index).item() == pytest.approx(error.mean().item() + 1.5 * pull, rel=1e-5)
+
+
+def test_centroids_get_no_gradient_and_follow_the_batch() -> None:
+    learner = blob_learner()
+    method = DCN(DCNSettings(n_clusters=KINDS), learner, 16)
+    method.begin()
+    method.loss(torch.arange(7)).backward()
+    assert learner.model.centroids.grad is None
+    before = learner.model.centroids.detach().clone()
+    method.after_step(torch.arange(20))  # the first kind's samples
+    moved = (learner.model.centroids.detach() - before).abs().sum(1) > 0
+    assert moved.any() and not moved.all()
+
+
+def test_kmeans_replaces_the_running_means_when_it_is_due() -> None:
+    learner = blob_learner()
+    method = DCN(DCNSettings(n_clusters=KINDS, kmeans_every_epochs=2), learner, 16)
+    method.begin()
+    with torch.no_grad():
+        learner.model.centroids += 0.01
+    displaced = learner.model.centroids.detach().clone()
+    method.after_epoch(0)
+    assert torch.equal(learner.model.centroids, displaced)
+    method.after_epoch(1)
+    assert not torch.equal(learner.model.centroids, displaced) and float(method.counts[0]) == 100.0

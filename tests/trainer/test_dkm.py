@@ -1,0 +1,83 @@
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from tests.trainer.learning import KINDS, blob_learner
+from trainer.distance import squared_distances
+from trainer.methods.dkm import DKM, DKMSettings, annealed_alphas, soft_kmeans_loss
+
+
+def test_the_annealing_is_the_papers() -> None:
+    alphas = annealed_alphas()
+    assert len(alphas) == 40
+    assert alphas[:6] == pytest.approx([0.1, 0.423, 0.752, 1.078, 1.409, 1.748], abs=1e-3)
+    assert alphas[-1] == pytest.approx(28.13, abs=0.01)
+
+
+def test_a_sharp_assignment_is_the_nearest_centroid_and_a_flat_one_the_mean_distance() -> None:
+    d2 = torch.tensor([[1.0, 3.0, 8.0], [5.0, 2.0, 2.5]])
+    assert float(soft_kmeans_loss(d2, 1000.0)) == pytest.approx((1.0 + 2.0) / 2)
+    assert float(soft_kmeans_loss(d2, 0.0)) == pytest.approx((12 / 3 + 9.5 / 3) / 2)
+
+
+def test_soft_assignment_by_hand() -> None:
+    # d = (0, ln 2), alpha 1: G = (2/3, 1/3); the loss is ln 2 / 3.
+    assert float(soft_kmeans_loss(torch.tensor([[0.0, math.log(2)]]), 1.0)) == pytest.approx(math.log(2) / 3)
+
+
+def test_huge_distances_stay_finite() -> None:
+    assert math.isfinite(float(soft_kmeans_loss(torch.tensor([[1e6, 2e6]]), 1000.0)))
+
+
+def test_the_gradient_equals_the_papers_equation() -> None:
+    # dF_i/dz_i = 2 sum_k G_ik [1 - alpha (d_ik - F_i)] (z_i - r_k)
+    generator = torch.Generator().manual_seed(0)
+    z = torch.randn(6, 3, generator=generator, dtype=torch.float64, requires_grad=True)
+    r = torch.randn(4, 3, generator=generator, dtype=torch.float64)
+    alpha = 0.7
+    (soft_kmeans_loss(squared_distances(z, r), alpha) * len(z)).backward()
+    with torch.no_grad():
+        d2 = squared_distances(z, r)
+        g = torch.softmax(-alpha * d2, 1)
+        f = (g * d2).sum(1, keepdim=True)
+        expected = 2 * ((g * (1 - alpha * (d2 - f)))[..., None] * (z[:, None] - r[None])).sum(1)
+    assert torch.allclose(z.grad, expected, atol=1e-9)  # type: ignore[arg-type]
+
+
+def test_alpha_rises_every_epochs_per_alpha_and_scales_with_the_embedding_if_asked() -> None:
+    learner = blob_learner()
+    method = DKM(DKMSettings(n_clusters=KINDS, alpha="annealed", epochs_per_alpha=2), learner, 25)
+    method.begin()
+    seen = []
+    for epoch in range(5):
+        method.before_step(epoch * method.steps_per_epoch)
+        seen.append(method.alpha)
+    assert seen == pytest.approx([0.1, 0.1, annealed_alphas()[1], annealed_alphas()[1], annealed_alphas()[2]])
+    scaled = DKM(DKMSettings(n_clusters=KINDS, alpha=2.0, scale_alpha=True), learner, 25)
+    scaled.begin()
+    d2 = squared_distances(learner.all_latents(), learner.model.centroids.detach()).min(1).values
+    assert scaled.alpha == pytest.approx(2.0 / float(d2.median()))
+
+
+def test_uniform_centroids_lie_in_the_unit_cube_and_depend_on_the_seed() -> None:
+    learner = blob_learner()
+    method = DKM(DKMSettings(n_clusters=KINDS, alpha="annealed", init="uniform"), learner, 25)
+    method.init_centroids()
+    mu = learner.model.centroids.detach().clone()
+    assert float(mu.abs().max()) <= 1.0 and float(mu.std()) > 0.3
+    learner.seed = 1
+    method.init_centroids()
+    assert not torch.equal(mu, learner.model.centroids)
+
+
+def test_a_centroid_that_lost_its_cluster_moves_to_the_farthest_sample() -> None:
+    learner = blob_learner()
+    method = DKM(DKMSettings(n_clusters=KINDS, epochs_per_alpha=1), learner, 25)
+    method.begin()
+    with torch.no_grad():
+        learner.model.centroids[2] = 1e3
+    report = method.after_epoch(0)
+    assert report.figures["lost"] == 1.0 and float(learner.model.centroids[2].abs().max()) < 100

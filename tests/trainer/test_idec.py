@@ -1,0 +1,81 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+from tests.trainer.learning import KINDS, blob_learner
+from trainer.methods.dec import DEC, DECSettings
+from trainer.methods.idec import IDEC, IDECSettings
+
+INDEX = torch.arange(12)
+
+
+def test_gamma_weighs_the_clustering_term_against_an_error_per_element() -> None:
+    learner = blob_learner()
+    methods = [IDEC(IDECSettings(n_clusters=KINDS, gamma=gamma), learner, 16) for gamma in (0.1, 10.0)]
+    for method in methods:
+        method.begin()
+        method.before_step(0)
+    low, high = (method.loss(INDEX).item() for method in methods)
+    z, error = learner.reconstruct(INDEX)
+    divergence = methods[0].divergence(z, INDEX).item()
+    assert low == pytest.approx(error.mean().item() / 64 + 0.1 * divergence, rel=1e-5)
+    assert high - low == pytest.approx(9.9 * divergence, rel=1e-4)
+
+
+def test_tiling_the_input_leaves_the_balance_of_the_two_terms_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    # The reduction belongs to gamma: an error summed over elements would grow with the image.
+    learner = blob_learner()
+    method = IDEC(IDECSettings(n_clusters=KINDS), learner, 16)
+    method.begin()
+    method.before_step(0)
+    z, error = learner.reconstruct(INDEX)
+    once = method.loss(INDEX).item()
+    learner.pixels = learner.pixels.repeat(1, 2, 2, 1)
+    monkeypatch.setattr(learner, "reconstruct", lambda index: (z, 4 * error))  # the same error in each of four tiles
+    assert learner.elements == 4 * 64 and method.loss(INDEX).item() == pytest.approx(once, rel=1e-5)
+
+
+def test_centroids_feel_the_clustering_term_alone_and_the_decoder_the_reconstruction_alone() -> None:
+    learner = blob_learner()
+    idec = IDEC(IDECSettings(n_clusters=KINDS, gamma=0.5), learner, 16)
+    dec = DEC(DECSettings(n_clusters=KINDS), learner, 16)
+    for method in (idec, dec):
+        method.begin()
+        method.before_step(0)
+    gradients = []
+    for method in (idec, dec):
+        learner.model.zero_grad()
+        method.loss(INDEX).backward()
+        assert learner.model.centroids.grad is not None
+        gradients.append(learner.model.centroids.grad.clone())
+    assert torch.allclose(gradients[0], 0.5 * gradients[1], atol=1e-6)
+    assert learner.decoder is not None
+    learner.decoder.zero_grad()
+    learner.reconstruct(INDEX)[1].mean().backward()
+    assert all(p.grad is not None for p in learner.decoder.parameters())
+
+
+def test_a_shuffled_epoch_gives_the_loss_of_an_ordered_one() -> None:
+    # Index integrity: p is gathered by sample number, so the order of batches cannot matter while nothing learns.
+    learner = blob_learner()
+    method = IDEC(IDECSettings(n_clusters=KINDS), learner, 20)
+    method.begin()
+    method.before_step(0)
+    n = len(learner)
+    shuffled = torch.randperm(n, generator=torch.Generator().manual_seed(3))
+    ordered, mixed = (
+        sum(method.loss(part).item() for part in order.split(20)) for order in (torch.arange(n), shuffled)
+    )
+    assert mixed == pytest.approx(ordered, rel=1e-5)
+    wrong = method.p
+    method.p = wrong[shuffled]
+    assert sum(method.loss(part).item() for part in torch.arange(n).split(20)) != pytest.approx(ordered, rel=1e-3)
+
+
+def test_dec_with_a_frozen_encoder_moves_only_the_centroids() -> None:
+    learner = blob_learner()
+    (stage,) = DEC(DECSettings(n_clusters=KINDS, freeze_encoder=True), learner, 16).stages()
+    assert stage.parameters == [learner.model.centroids] and stage.modules == []
+    (free,) = DEC(DECSettings(n_clusters=KINDS), learner, 16).stages()
+    assert len(free.parameters) > 1

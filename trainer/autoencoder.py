@@ -1,0 +1,140 @@
+"""A pre-trained autoencoder on disk: written by every run that pre-trains, shared between methods by `pretrain.from` and `pretrain.cache`.
+
+One file `autoencoder.safetensors` holds encoder and decoder as pre-training left them; its header holds the recipe: everything that
+decided those tensors. The recipe's sha256 names the file in a cache, so a comparison of methods is paired and pre-trains once per seed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from trainer.errors import ArtifactError, DataError
+from trainer.learner import Learner
+from trainer.pretrain import pretrain_stages
+from trainer.settings import TrainSettings
+from trainer.stage import Stage
+
+NAME = "autoencoder.safetensors"
+MUST_AGREE = ("images", "preprocess", "encoder")  # of another run's autoencoder; seed and schedule may differ
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What decides a pre-trained autoencoder, as plain values."""
+
+    values: dict[str, Any]
+
+    @classmethod
+    def of(cls, settings: TrainSettings, manifest_sha256: str) -> Recipe:
+        """The recipe of the run that `settings` describe on the images of that manifest."""
+        plain = settings.plain()
+        pretrain = {key: value for key, value in plain["pretrain"].items() if key not in {"from", "cache"}}
+        train = {key: plain["train"][key] for key in ("seed", "batch_size", "precision")}
+        shares = None if settings.calibration is None else plain["novelty"]["shares"]
+        return cls(
+            {
+                "images": manifest_sha256,
+                "preprocess": plain["preprocess"],
+                "encoder": plain["encoder"],
+                "augment": plain["augment"],
+                "pretrain": pretrain,
+                "train": train,
+                "shares": shares,
+            }
+        )
+
+    @property
+    def sha256(self) -> str:
+        """Names the autoencoder in a cache."""
+        return hashlib.sha256(json.dumps(self.values, sort_keys=True).encode()).hexdigest()
+
+
+class SharedAutoencoder:
+    """Decides for one run whether to pre-train or to take what is there, and leaves the autoencoder in the run folder and the cache."""
+
+    def __init__(self, settings: TrainSettings, manifest_sha256: str, folder: Path) -> None:
+        self.settings, self.recipe = settings, Recipe.of(settings, manifest_sha256)
+        self.targets = [folder / NAME]
+        if settings.pretrain.cache is not None:
+            self.targets.append(Path(settings.pretrain.cache) / f"{self.recipe.sha256[:16]}.safetensors")
+
+    def stages(self, learner: Learner, may_load: bool) -> list[Stage]:
+        """Pre-training's stages, or as many empty ones where an autoencoder is there to take (the loop counts stages)."""
+        stages = pretrain_stages(self.settings.pretrain, learner, self.settings.train.batch_size)
+        if not stages:
+            return stages
+        source = self._source() if may_load else None
+        if source is None:
+            return [*stages[:-1], replace(stages[-1], end=lambda: self._save(learner))]
+
+        def load() -> None:
+            load_autoencoder(source, learner, self.recipe)
+            self._save(learner)
+
+        return [replace(stage, epochs=0, begin=load if n == 0 else stage.begin) for n, stage in enumerate(stages)]
+
+    def _source(self) -> Path | None:
+        if self.settings.pretrain.from_run is not None:
+            return Path(self.settings.pretrain.from_run) / NAME
+        return self.targets[-1] if len(self.targets) > 1 and self.targets[-1].is_file() else None
+
+    def _save(self, learner: Learner) -> None:
+        for path in self.targets:
+            if path == self.targets[0] or not path.is_file():
+                save_autoencoder(path, learner, self.recipe)
+
+
+def save_autoencoder(path: Path, learner: Learner, recipe: Recipe) -> None:
+    """Writes encoder and decoder: temporary file, rename; two writers of one recipe write the same."""
+    decoder = learner.need_decoder("a saved autoencoder")
+    tensors = {f"encoder.{k}": v for k, v in learner.model.encoder.state_dict().items()}
+    tensors |= {f"decoder.{k}": v for k, v in decoder.state_dict().items()}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    header = {"recipe": json.dumps(recipe.values, sort_keys=True)}
+    save_file({k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()}, temporary, header)
+    temporary.replace(path)
+
+
+def load_autoencoder(path: Path, learner: Learner, recipe: Recipe) -> None:
+    """Copies encoder and decoder from `path` into the learner.
+
+    Raises:
+        ArtifactError: it is not there, or damaged.
+        DataError: it was learned from other images, or by another pre-processing or encoder.
+    """
+    if not path.is_file():
+        raise ArtifactError(f"{path} does not exist; a run that pre-trains an autoencoder leaves one")
+    try:
+        with safe_open(path, "pt") as file:
+            found = json.loads(file.metadata()["recipe"])
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (safe_open is no mapping)
+    except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
+        raise ArtifactError(f"{path} cannot be read ({error}); delete it") from None
+    for key in MUST_AGREE:
+        if found.get(key) != recipe.values[key]:
+            raise DataError(
+                f"pretrain.from: {path} was learned with other {key} ({_shown(found.get(key))}, here "
+                f"{_shown(recipe.values[key])}), expected the same; take a run of the same data, preprocess and encoder settings"
+            )
+    decoder = learner.need_decoder("pretrain.from")
+    learner.model.encoder.load_state_dict(_part(tensors, "encoder."))
+    decoder.load_state_dict(_part(tensors, "decoder."))
+
+
+def _part(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
+
+
+def _shown(value: object) -> str:
+    text = value[:12] if isinstance(value, str) else json.dumps(value)
+    return text if len(text) < 120 else text[:117] + "..."

@@ -1,0 +1,70 @@
+"""Watches a clustering stage from refresh to refresh: the guards, how many assignments still move, when they have come to rest."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from trainer.guards import ClusterGuard
+
+
+class Convergence:
+    """Churn is measured over at least one epoch, twice in a row below `tol`: a short refresh interval moves few labels by itself.
+
+    `state` and `load_state` are what a checkpoint keeps; `figures` is the log's.
+    """
+
+    KEYS: ClassVar = ("reference", "reference_step", "quiet", "churn", "spread", "empty_refreshes")
+
+    def __init__(self, n: int, n_clusters: int, tol: float, steps_per_epoch: int) -> None:
+        self.n_clusters, self.tol, self.steps_per_epoch = n_clusters, tol, steps_per_epoch
+        self.reference = torch.zeros(n, dtype=torch.int64)
+        self.reference_step, self.quiet, self.churn = -1, 0, 1.0
+        self.spread, self.empty_refreshes = 0.0, 0
+        self._figures: dict[str, float] = {}
+
+    def begin(self, z: Tensor) -> None:
+        """Notes the spread of the embeddings z (N, D) before clustering, which the guards compare with."""
+        self.spread = float(z.var(0, unbiased=False).sum())
+
+    def look(self, q: Tensor, z: Tensor, mu: Tensor, step: int) -> None:
+        """Takes one refresh: q (N, K) soft, or labels (N,); z (N, D); mu (K, D).
+
+        Raises:
+            CollapseError: naming the guard.
+        """
+        soft = q if q.ndim == 2 else torch.nn.functional.one_hot(q, self.n_clusters).to(z.dtype)
+        guard = ClusterGuard(self.n_clusters, self.spread, self.empty_refreshes)
+        self._figures = guard.figures(soft, z, mu)
+        self.empty_refreshes = guard.empty_refreshes
+        self._measure_churn(soft.argmax(1), step)
+
+    def _measure_churn(self, labels: Tensor, step: int) -> None:
+        if self.reference_step >= 0:
+            if step - self.reference_step < self.steps_per_epoch:
+                return
+            self.churn = float((labels != self.reference.to(labels.device)).float().mean())
+            self.quiet = self.quiet + 1 if self.churn < self.tol else 0
+        self.reference, self.reference_step = labels, step
+
+    @property
+    def is_reached(self) -> bool:
+        """Whether the assignments have come to rest."""
+        return self.quiet >= 2
+
+    @property
+    def figures(self) -> dict[str, float]:
+        """n_eff, smallest cluster, spread, churn."""
+        return {**self._figures, "churn": self.churn}
+
+    def state(self) -> dict[str, Tensor]:
+        """Everything as tensors."""
+        return {f"convergence.{key}": torch.as_tensor(getattr(self, key)) for key in self.KEYS}
+
+    def load_state(self, state: dict[str, Tensor]) -> None:
+        """Takes back what `state` gave."""
+        self.reference = state["convergence.reference"]
+        for key in self.KEYS[1:]:
+            setattr(self, key, state[f"convergence.{key}"].item())

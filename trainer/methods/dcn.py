@@ -1,0 +1,115 @@
+"""Deep Clustering Network: embeddings pulled to hard k-means centroids, which follow as running means; `method.name: dcn`.
+
+Source: Yang, Fu, Sidiropoulos, Hong, "Towards K-means-friendly Spaces", ICML 2017, arXiv 1610.04794, eq. 3 and section 3.2.
+    L = |x - g(f(x))|^2 + lambda / 2 |f(x) - mu_s|^2        both summed over elements, averaged over the batch
+    after each step, per sample: s = nearest mu;  c_s += 1;  mu_s -= (mu_s - f(x)) / c_s
+As in the authors' code the counts c start at 100, and every 10 epochs a full k-means, started from the centroids, replaces
+centroids, assignments and counts. Differs from the paper: the centroid update is of a batch at once, with its labels fixed (the
+same result as one by one); Adam instead of SGD.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from trainer.clustering.kmeans import kmeans
+from trainer.convergence import Convergence
+from trainer.distance import nearest
+from trainer.learner import Learner
+from trainer.methods.base import Method, MethodSettings
+from trainer.stage import EpochReport, OptimizerSettings, Stage
+
+
+class DCNSettings(MethodSettings):
+    """`clustering_weight` is the paper's lambda; `initial_count` how slowly centroids move at first."""
+
+    name: Literal["dcn"] = "dcn"
+    epochs: int = Field(50, ge=1)
+    clustering_weight: float = Field(1.0, gt=0)
+    initial_count: int = Field(100, ge=1)
+    kmeans_every_epochs: int = Field(10, ge=1)
+    tol: float = Field(0.001, ge=0, lt=1)
+    optimizer: OptimizerSettings = OptimizerSettings(kind="adam", lr=1e-4)
+
+
+class DCN(Method):
+    """Alternates gradient steps of the autoencoder, assignments, and centroids."""
+
+    Settings = DCNSettings
+    title = "Deep Clustering Network, running-mean centroids (Yang et al. 2017)"
+    settings: DCNSettings
+    needs_decoder = True
+
+    def __init__(self, settings: DCNSettings, learner: Learner, batch_size: int) -> None:
+        super().__init__(settings, learner, batch_size)
+        self.convergence = Convergence(len(learner), settings.n_clusters, settings.tol, self.steps_per_epoch)
+        self.labels = torch.zeros(len(learner), dtype=torch.int64, device=learner.device)
+        self.counts = torch.full((settings.n_clusters,), float(settings.initial_count), device=learner.device)
+
+    def stages(self) -> list[Stage]:
+        return [
+            Stage(
+                "dcn",
+                self.settings.epochs,
+                self.batch_size,
+                self.settings.optimizer,
+                self.encoder_parameters(),
+                self.loss,
+                self.encoder_modules(),
+                begin=self.begin,
+                after_step=self.after_step,
+                after_epoch=self.after_epoch,
+            )
+        ]
+
+    @torch.no_grad()
+    def begin(self) -> None:
+        """Labels by the initial centroids."""
+        z = self.learner.all_latents()
+        self.labels = nearest(z, self.learner.model.centroids)[0]
+        self.convergence.begin(z)
+
+    def loss(self, index: Tensor) -> Tensor:
+        """Reconstruction and distance to the stored label's centroid; the centroids get no gradient."""
+        z, error = self.learner.reconstruct(index)
+        pull = (z - self.learner.model.centroids.detach()[self.labels[index]]).square().sum(1)
+        return error.mean() + self.settings.clustering_weight / 2 * pull.mean()
+
+    @torch.no_grad()
+    def after_step(self, index: Tensor) -> None:
+        """New labels of the batch, then its running means."""
+        z, mu = self.learner.latents(index), self.learner.model.centroids
+        labels = nearest(z, mu)[0]
+        self.labels[index] = labels
+        moved, self.counts = running_means(mu.detach(), self.counts, z, labels)
+        mu.copy_(moved)
+
+    @torch.no_grad()
+    def after_epoch(self, epoch: int) -> EpochReport:
+        z, mu = self.learner.all_latents(), self.learner.model.centroids
+        if (epoch + 1) % self.settings.kmeans_every_epochs == 0:
+            result = kmeans(z, self.settings.n_clusters, self.learner.seed, init=mu.detach())
+            mu.copy_(result.centroids)
+            self.counts.fill_(float(self.settings.initial_count))
+        self.labels = nearest(z, mu)[0]
+        self.convergence.look(self.labels, z, mu, (epoch + 1) * self.steps_per_epoch)
+        return EpochReport(self.convergence.figures, stop=self.convergence.is_reached)
+
+    def state(self) -> dict[str, Tensor]:
+        return {"labels": self.labels, "counts": self.counts, **self.convergence.state()}
+
+    def load_state(self, state: dict[str, Tensor]) -> None:
+        self.labels, self.counts = (state[key].to(self.learner.device) for key in ("labels", "counts"))
+        self.convergence.load_state(state)
+
+
+def running_means(mu: Tensor, counts: Tensor, z: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Centroids (K, D) and counts (K,) after samples z (B, D) with `labels` (B,) joined one by one."""
+    joined = torch.bincount(labels, minlength=len(mu)).to(counts)
+    sums = torch.zeros_like(mu).index_add_(0, labels, z)
+    total = counts + joined
+    return (counts[:, None] * mu + sums) / total[:, None], total

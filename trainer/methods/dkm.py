@@ -1,0 +1,141 @@
+"""Deep k-Means: k-means made differentiable by a softmax over distances; encoder, decoder and centroids by gradient; `method.name: dkm`.
+
+Source: Moradi Fard, Thonet, Gaussier, "Deep k-Means: Jointly clustering with k-Means and learning representations", 2018, arXiv 1806.10069.
+    G_ik = softmax_k(-alpha d_ik)        L = |x - g(f(x))|^2 + lambda sum_k d_ik G_ik        summed over elements, averaged over the batch
+The gradient flows through G. Two published modes: `alpha: 1000` on a pre-trained autoencoder with k-means centroids (100 epochs), and
+`alpha: annealed` with `init: uniform` and `pretrain.kind: none` (40 values of alpha, 5 epochs each). Differs from the authors'
+code: labels come from a clean full pass, epochs see every sample once, and a centroid that lost its cluster is moved to the
+sample farthest from its own, since at alpha 1000 nothing else would ever reach it.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Annotated, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from trainer.convergence import Convergence
+from trainer.distance import nearest, squared_distances
+from trainer.learner import Learner
+from trainer.methods.base import Method, MethodSettings
+from trainer.stage import EpochReport, OptimizerSettings, Stage
+
+FIRST_ALPHA, ANNEALED_ALPHAS = 0.1, 40
+
+
+class DKMSettings(MethodSettings):
+    """`clustering_weight` is the paper's lambda, of sum-reduced losses.
+
+    `epochs_per_alpha` of each value; a fixed alpha counts as `rounds` values. `scale_alpha` divides alpha by the median squared
+    distance to the nearest centroid at the start: alpha is not scale free.
+    """
+
+    name: Literal["dkm"] = "dkm"
+    alpha: Annotated[float, Field(ge=0)] | Literal["annealed"] = 1000.0
+    init: Literal["kmeans", "uniform"] = "kmeans"
+    rounds: int = Field(20, ge=1)
+    epochs_per_alpha: int = Field(5, ge=1)
+    clustering_weight: float = Field(1.0, gt=0)
+    scale_alpha: bool = False
+    optimizer: OptimizerSettings = OptimizerSettings(kind="adam", lr=1e-3)
+
+
+class DKM(Method):
+    """Joint gradient descent on reconstruction and soft k-means loss."""
+
+    Settings = DKMSettings
+    title = "Deep k-Means, softmax assignment, pre-trained or annealed (Moradi Fard et al. 2018)"
+    settings: DKMSettings
+    needs_decoder = True
+
+    def __init__(self, settings: DKMSettings, learner: Learner, batch_size: int) -> None:
+        super().__init__(settings, learner, batch_size)
+        self.alphas = annealed_alphas() if settings.alpha == "annealed" else [settings.alpha] * settings.rounds
+        self.convergence = Convergence(len(learner), settings.n_clusters, 0.0, self.steps_per_epoch)
+        self.unit, self.epoch = torch.tensor(1.0), 0
+
+    def stages(self) -> list[Stage]:
+        return [
+            Stage(
+                "dkm",
+                len(self.alphas) * self.settings.epochs_per_alpha,
+                self.batch_size,
+                self.settings.optimizer,
+                [*self.encoder_parameters(), self.learner.model.centroids],
+                self.loss,
+                self.encoder_modules(),
+                begin=self.begin,
+                before_step=self.before_step,
+                after_epoch=self.after_epoch,
+            )
+        ]
+
+    @torch.no_grad()
+    def init_centroids(self) -> None:
+        """By k-means, or uniform in [-1, 1] as the annealed mode has it."""
+        if self.settings.init == "kmeans":
+            super().init_centroids()
+            return
+        mu = self.learner.model.centroids
+        generator = torch.Generator().manual_seed(self.learner.seed)
+        mu.copy_(torch.rand(mu.shape, generator=generator) * 2 - 1)
+
+    @torch.no_grad()
+    def begin(self) -> None:
+        """The unit of alpha and the starting spread."""
+        z = self.learner.all_latents()
+        if self.settings.scale_alpha:
+            self.unit = nearest(z, self.learner.model.centroids)[1].median().clamp_min(1e-12).cpu()
+        self.convergence.begin(z)
+
+    def before_step(self, step: int) -> None:
+        """Notes the epoch, which decides alpha."""
+        self.epoch = step // self.steps_per_epoch
+
+    @property
+    def alpha(self) -> float:
+        """The sharpness of this epoch."""
+        return self.alphas[self.epoch // self.settings.epochs_per_alpha] / float(self.unit)
+
+    def loss(self, index: Tensor) -> Tensor:
+        """Reconstruction and soft k-means loss."""
+        z, error = self.learner.reconstruct(index)
+        return error.mean() + self.settings.clustering_weight * soft_kmeans_loss(
+            squared_distances(z, self.learner.model.centroids), self.alpha
+        )
+
+    @torch.no_grad()
+    def after_epoch(self, epoch: int) -> EpochReport:
+        """After each value of alpha: guards, and lost centroids."""
+        if (epoch + 1) % self.settings.epochs_per_alpha:
+            return EpochReport({"alpha": self.alpha, **self.convergence.figures})
+        z, mu = self.learner.all_latents(), self.learner.model.centroids
+        labels, d2 = nearest(z, mu)
+        self.convergence.look(labels, z, mu, (epoch + 1) * self.steps_per_epoch)
+        lost = torch.nonzero(torch.bincount(labels, minlength=len(mu)) == 0)[:, 0]
+        mu[lost] = z[d2.topk(len(lost)).indices]
+        return EpochReport({"alpha": self.alpha, "lost": float(len(lost)), **self.convergence.figures})
+
+    def state(self) -> dict[str, Tensor]:
+        return {"unit": self.unit, **self.convergence.state()}
+
+    def load_state(self, state: dict[str, Tensor]) -> None:
+        self.unit = state["unit"]
+        self.convergence.load_state(state)
+
+
+def soft_kmeans_loss(d2: Tensor, alpha: float) -> Tensor:
+    """Mean over samples of sum_k d_ik G_ik for squared distances d2 (B, K); the shift by the row's minimum keeps exp finite."""
+    g = torch.softmax(-alpha * (d2 - d2.min(1, keepdim=True).values), dim=1)
+    return (g * d2).sum(1).mean()
+
+
+def annealed_alphas() -> list[float]:
+    """The paper's 40 values: alpha_1 = .1, alpha_(i+1) = 2^(1 / ln(i+1)^2) alpha_i, up to 28.13."""
+    alphas = [FIRST_ALPHA]
+    for i in range(1, ANNEALED_ALPHAS):
+        alphas.append(2 ** (1 / math.log(i + 1) ** 2) * alphas[-1])
+    return alphas
