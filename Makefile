@@ -3,7 +3,7 @@ VENV   := .venv
 PYTHON := $(VENV)/bin/python
 READY  := $(VENV)/.ready
 
-.PHONY: test demo check slow gpu setup clean
+.PHONY: test demo check slow gate gpu setup clean
 
 setup: $(READY)
 
@@ -16,6 +16,9 @@ test: $(READY)          ## default tests: under five minutes on two cores, no GP
 
 slow: $(READY)          ## tests on the real image sets of ../shared/data, where they are there
 	$(PYTHON) -m pytest -m slow --timeout 3600
+
+gate: $(READY)          ## regression gate on all of MNIST, three seeds: hours without a GPU
+	$(PYTHON) -m pytest -m gate --timeout 86400
 
 gpu: $(READY)           ## tests that need a CUDA device
 	$(PYTHON) -m pytest -m gpu --timeout 1200

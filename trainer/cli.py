@@ -5,12 +5,13 @@ from __future__ import annotations
 import argparse
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from configs.command import INTERRUPTED, Parser, add_command, add_overrides, guarded, show
 
-PLANNED = ("pilot", "select-k", "sweep", "label", "ingest", "init")
+PLANNED = ("label", "ingest", "init")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -44,9 +45,47 @@ def main(argv: Sequence[str] | None = None) -> int:
         help="link each image into a folder per cluster (copy where links are impossible)",
     )
 
+    _add_comparisons(commands)
+
     report = add_command(commands, "report", _report, "write report.html of a run again")
     report.add_argument("run", type=Path)
     return guarded(parser, argv)
+
+
+def _add_comparisons(commands: Any) -> None:
+    """select-k, sweep and pilot: several fits, judged without labels."""
+    select = add_command(commands, "select-k", _select_k, "choose the number of clusters, without labels")
+    select.add_argument("config", help="a YAML file, or a shipped name")
+    select.add_argument("--k", required=True, metavar="RANGE", help="numbers of clusters to try, as 2..20 or 4,6,8")
+    select.add_argument("--seeds", type=int, default=3, help="embeddings to learn and look at (default 3)")
+    select.add_argument("--out", type=Path, help="folder of runs and page (default: runs/<name>-select-k)")
+    add_overrides(select)
+
+    sweep = add_command(
+        commands, "sweep", _sweep, "compare methods and settings, without labels; the control comes first"
+    )
+    sweep.add_argument("config", nargs="+", help="YAML files or shipped names; the first one's control is the control")
+    sweep.add_argument("--methods", metavar="M1,M2", help="put these methods in place of each file's own")
+    sweep.add_argument(
+        "--grid", metavar="KEY=V1,V2", action="append", default=[], help="try these values of a setting; repeatable"
+    )
+    sweep.add_argument(
+        "--search", type=int, metavar="N", help="N random draws from --grid (or a built-in space) instead of all"
+    )
+    sweep.add_argument("--seeds", type=int, default=2, help="fits of each row, at least 2 (default 2)")
+    sweep.add_argument("--out", type=Path, help="folder of runs and page (default: runs/<name>-sweep)")
+    add_overrides(sweep)
+
+    pilot = add_command(
+        commands, "pilot", _pilot, "minutes on part of a set: does clustering help, which settings to start from"
+    )
+    pilot.add_argument("data", help="a folder, an .npz, a list (.txt, .csv) or a film")
+    pilot.add_argument("--k", type=int, help="number of clusters, where you know it (else it is looked for)")
+    pilot.add_argument(
+        "--weights", type=Path, help="SqueezeNet 1.0 weights (.safetensors); far better than learning from scratch"
+    )
+    pilot.add_argument("--max-images", type=int, default=2000, help="at most this many, evenly spaced (default 2000)")
+    pilot.add_argument("--out", type=Path, help="folder of runs and settings (default: runs/<data>-pilot)")
 
 
 def _add_run_and_data(parser: argparse.ArgumentParser) -> None:
@@ -81,6 +120,7 @@ def _fit(arguments: argparse.Namespace) -> int:
         "clusters  (training images) " + ", ".join(f"{row['name']} {row['n']}" for row in run.info["clusters"]),
         "metrics   " + ", ".join(f"{key} {value:.3f}" for key, value in run.metrics.items()),
         f"novelty   {novelty_sentence(run.info['novelty'])}",
+        *(f"WARNING   {warning}" for warning in train["warnings"]),
         *([f"WARNING   one cluster holds {share:.0%} of all images"] if share > 0.9 and len(run.clusters) > 1 else []),
         f"next      look at {run.path}/report.html, name clusters in {run.path}/labels.yaml, then: dkm-export {run.path} -o part.onnx",
     ]
@@ -132,6 +172,51 @@ def _predict(arguments: argparse.Namespace) -> int:
     if arguments.sort_into is not None:
         linked, copied = sort_into(rows, Path(arguments.data), arguments.sort_into)
         print(f"{linked} linked, {copied} copied into {arguments.sort_into}", file=sys.stderr)
+    return 0
+
+
+def _select_k(arguments: argparse.Namespace) -> int:
+    from trainer.progress import Terminal
+    from trainer.select_k import SelectOptions, parse_ks, select_k
+
+    options = SelectOptions(parse_ks(arguments.k), arguments.seeds, arguments.out, arguments.overrides, Terminal())
+    return _compare(arguments, lambda: select_k(arguments.config, options))
+
+
+def _sweep(arguments: argparse.Namespace) -> int:
+    from trainer.progress import Terminal
+    from trainer.sweep import SweepOptions, sweep
+
+    options = SweepOptions(
+        arguments.methods.split(",") if arguments.methods else [],
+        arguments.grid,
+        arguments.search,
+        arguments.seeds,
+        arguments.out,
+        arguments.overrides,
+        Terminal(),
+    )
+    return _compare(arguments, lambda: sweep(arguments.config, options))
+
+
+def _pilot(arguments: argparse.Namespace) -> int:
+    from trainer.pilot import PilotOptions, pilot
+    from trainer.progress import Terminal
+
+    options = PilotOptions(arguments.k, arguments.weights, arguments.max_images, arguments.out, Terminal())
+    return _compare(arguments, lambda: pilot(arguments.data, options))
+
+
+def _compare(arguments: argparse.Namespace, compare: Callable[[], Any]) -> int:
+    """Runs one of the commands that fit several times; what is complete is reused by the same command."""
+    from trainer.loop import InterruptedTraining
+
+    try:
+        result = compare()
+    except InterruptedTraining as interruption:
+        print(f"dkm-train: {interruption}; the same command goes on from there", file=sys.stderr)
+        return INTERRUPTED
+    show(arguments.json, result.plain(), result.text())
     return 0
 
 

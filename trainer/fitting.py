@@ -22,11 +22,13 @@ from trainer.checkpoint import NAME, Position, load_checkpoint
 from trainer.codebook import Embedded, cluster_table, finish, set_calibration
 from trainer.data import Dataset, load_dataset
 from trainer.errors import DataError
+from trainer.frozen_features import frozen_features
 from trainer.golden import choose, save_images
 from trainer.images import open_images
 from trainer.learner import Learner, LearnerOptions
 from trainer.loop import METRICS, Loop, append_metrics
-from trainer.methods import METHODS
+from trainer.methods import METHODS, Method
+from trainer.model import PREDICT_BATCH, ClusterModel
 from trainer.novelty import NoveltySettings
 from trainer.progress import Progress, Silent
 from trainer.provenance import Outcome, describe
@@ -71,14 +73,12 @@ def fit(config: str | Path | TrainSettings, options: FitOptions | None = None) -
         torch.manual_seed(settings.train.seed)
         options.progress.say(f"reading {settings.data.path}")
         dataset, split = _load(settings, options.progress)
-        model = build_model(settings, (dataset.pixels.shape[1], dataset.pixels.shape[2]), len(split.train)).to(device)
-        model.encoder.load_pretrained()
-        model.preprocess.fit_normalise(dataset.pixels[torch.from_numpy(split.train)])
-        how = LearnerOptions(settings.train.seed, settings.augment, settings.train.precision)
-        learner = Learner(model, dataset.pixels[torch.from_numpy(split.train)], how)
-        model.encoder.fit_stem(learner.normalised_batches())
-        started_s -= _train(settings, learner, dataset, folder, options)
-        run, outcome = _finish(settings, learner, dataset, split)
+        learner, frozen = _prepare(settings, dataset, split, device)
+        method, earlier_s = _train(settings, learner, dataset, folder, options)
+        run, outcome = _finish(settings, learner.model.eval(), frozen, dataset, split)
+    run.metrics |= method.figures()  # the same dictionary as run.info["metrics"]
+    run.info["train"]["warnings"] = method.warnings()
+    started_s -= earlier_s
     run.info["train"]["minutes"] = round((time.monotonic() - started_s) / 60, 2)
     save_images([outcome.dataset.items[n] for n in choose(run.model, outcome.z)], folder / "golden")
     append_metrics(folder, {"stage": "result", **run.metrics})
@@ -122,9 +122,26 @@ def _load(settings: TrainSettings, progress: Progress) -> tuple[Dataset, Split]:
     return dataset, split
 
 
-def _finish(settings: TrainSettings, learner: Learner, dataset: Dataset, split: Split) -> tuple[Run, Outcome]:
-    model = learner.model.eval()
-    z = model.embed_dataset(dataset.pixels)
+def _prepare(
+    settings: TrainSettings, dataset: Dataset, split: Split, device: torch.device
+) -> tuple[Learner, torch.Tensor | None]:
+    """The untrained model on its training images, and the outputs of its frozen part for all images."""
+    model = build_model(settings, (dataset.pixels.shape[1], dataset.pixels.shape[2]), len(split.train)).to(device)
+    model.eval()
+    model.encoder.load_pretrained()
+    train = torch.from_numpy(split.train)
+    pixels = dataset.pixels[train]
+    model.preprocess.fit_normalise(pixels)
+    model.encoder.fit_stem(model.preprocess.normalise(part.to(device)) for part in pixels.split(PREDICT_BATCH))
+    frozen = frozen_features(settings, model, dataset, split)
+    how = LearnerOptions(settings.train.seed, settings.augment, settings.train.precision)
+    return Learner(model, pixels, how, None if frozen is None else frozen[train.to(device)]), frozen
+
+
+def _finish(
+    settings: TrainSettings, model: ClusterModel, frozen: torch.Tensor | None, dataset: Dataset, split: Split
+) -> tuple[Run, Outcome]:
+    z = model.embed_dataset(dataset.pixels) if frozen is None else model.embed_frozen(frozen)
 
     def embedded(index: NDArray[np.int64]) -> Embedded:
         return Embedded(z[torch.from_numpy(index).to(z.device)], dataset.groups[index])
@@ -138,11 +155,13 @@ def _finish(settings: TrainSettings, learner: Learner, dataset: Dataset, split: 
     return Run(None, settings, model, parts, info, info["metrics"]), outcome
 
 
-def _train(settings: TrainSettings, learner: Learner, dataset: Dataset, folder: Path, options: FitOptions) -> float:
+def _train(
+    settings: TrainSettings, learner: Learner, dataset: Dataset, folder: Path, options: FitOptions
+) -> tuple[Method, float]:
     """Pre-training, initial centroids, the method's stages; goes on from a checkpoint where there is one and `resume` is set.
 
     Returns:
-        Seconds of the epochs that ran before the checkpoint.
+        The method as it ended, and the seconds of the epochs that ran before the checkpoint.
     """
     if len(learner) < 2 and any(isinstance(module, nn.BatchNorm2d) for module in learner.model.encoder.modules()):
         raise DataError(
@@ -183,7 +202,7 @@ def _train(settings: TrainSettings, learner: Learner, dataset: Dataset, folder: 
                 loop.run(n, stage, None)
             elif n == checkpoint.position.stage:
                 loop.run(n, stage, checkpoint)
-    return earlier_s
+    return method, earlier_s
 
 
 def _device(name: str) -> torch.device:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import torch
@@ -24,14 +23,19 @@ class LearnerOptions:
 
 
 class Learner:
-    """`pixels`: (N, h, w, 3 or 1) training pixels. `decoder`: where the encoder has one and something needs it, else None."""
+    """`pixels`: (N, h, w, 3 or 1) training pixels; `frozen` (N, ...): the outputs of the encoder's stem for them, where it has one.
 
-    def __init__(self, model: ClusterModel, pixels: Tensor, options: LearnerOptions) -> None:
+    `decoder`: where the encoder has one and something needs it, else None.
+    """
+
+    def __init__(
+        self, model: ClusterModel, pixels: Tensor, options: LearnerOptions, frozen: Tensor | None = None
+    ) -> None:
         self.model, self.options, self.seed = model, options, options.seed
         self.device = model.centroids.device
         self.pixels = pixels.to(self.device)
         self.decoder: nn.Module | None = None
-        self._stem_outputs: Tensor | None = None
+        self._frozen = frozen
 
     def __len__(self) -> int:
         return len(self.pixels)
@@ -51,11 +55,6 @@ class Learner:
                 )
             self.decoder = decoder.to(self.device)
         return self.decoder
-
-    def normalised_batches(self) -> Iterator[Tensor]:
-        """Encoder inputs (B, C, h, w) of all training samples, as they are."""
-        indices = torch.arange(len(self), device=self.device)
-        return (self._normalised(part) for part in indices.split(PREDICT_BATCH))
 
     def batch(self, index: Tensor) -> Tensor:
         """What the trained part of the encoder sees of samples `index` (B,) while training: changed as `augment:` says."""
@@ -104,18 +103,9 @@ class Learner:
     def _normalised(self, index: Tensor) -> Tensor:
         return self.model.preprocess.normalise(self.pixels[index])
 
-    @torch.no_grad()
     def _clean(self, index: Tensor) -> Tensor:
-        """What the encoder's head sees of samples as they are; the outputs of a frozen stem are computed once."""
-        encoder = self.model.encoder
-        if not encoder.has_stem:
-            return self._normalised(index)
-        if self._stem_outputs is None:
-            was_training = encoder.training
-            encoder.eval()
-            self._stem_outputs = torch.cat([encoder.stem(batch) for batch in self.normalised_batches()])
-            encoder.train(was_training)
-        return self._stem_outputs[index]
+        """What the encoder's head sees of samples as they are."""
+        return self._normalised(index) if self._frozen is None else self._frozen[index]
 
     def _head(self, x: Tensor) -> Tensor:
         with self._autocast():

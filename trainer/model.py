@@ -62,6 +62,15 @@ class ClusterModel(nn.Module):
         return z
 
     @torch.no_grad()
+    def embed_frozen(self, features: Tensor) -> Tensor:
+        """Embeddings (N, D) from the outputs (N, ...) of the encoder's frozen part, in eval mode."""
+        was_training = self.training
+        self.eval()
+        z = torch.cat([self.projection(self.encoder.head(part)) for part in features.split(PREDICT_BATCH)])
+        self.train(was_training)
+        return z
+
+    @torch.no_grad()
     def assign(self, z: Tensor) -> tuple[Tensor, Tensor]:
         """Cluster id (N,) and distance (N,) to its centroid for embeddings z (N, D)."""
         ids, d2 = nearest(self.projection.to_cluster_space(z), self.centroids)

@@ -51,7 +51,11 @@ def test_too_few_groups_for_the_target_are_said_loudly(
         (["evaluate", "/nowhere", "/nowhere"], 3, "no such run folder"),
         (["predict", "/nowhere", "/nowhere"], 3, "no such run folder"),
         (["report", "/nowhere"], 3, "no such run folder"),
-        (["select-k", "x"], 2, "select-k is not built yet"),
+        (["label", "x"], 2, "label is not built yet"),
+        (["select-k", "demo", "--k", "1..3"], 2, "--k is 1..3, expected whole numbers of at least 2"),
+        (["select-k", "demo", "--k", "2..3", "--set", "data.path=/nowhere"], 2, "/nowhere, which does not exist"),
+        (["sweep", "demo", "--methods", "dec,nope"], 2, "nope is no method"),
+        (["pilot", "/nowhere"], 2, "does not exist"),
     ],
 )
 def test_each_mistake_is_one_line_and_its_exit_code(

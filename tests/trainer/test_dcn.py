@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from tests.trainer.learning import KINDS, blob_learner
-from trainer.methods.dcn import DCN, DCNSettings, running_means
+from trainer.clustering.mini_batch import updated
+from trainer.methods.dcn import DCN, DCNSettings
 
 
 def test_a_batch_of_running_means_equals_one_sample_after_the_other() -> None:
@@ -16,7 +17,7 @@ def test_a_batch_of_running_means_equals_one_sample_after_the_other() -> None:
     for row, label in zip(z, labels, strict=True):
         c[label] += 1
         sequential[label] -= (sequential[label] - row) / c[label]
-    batch, total = running_means(mu, counts, z, labels)
+    batch, total = (value.float() for value in updated(mu.double(), counts.double(), z, labels))
     assert torch.allclose(batch, sequential, atol=1e-5) and torch.equal(total, c)
     assert torch.equal(batch[3], mu[3])
 

@@ -1,10 +1,16 @@
 from __future__ import annotations
 
+from importlib.util import find_spec
+
 import pytest
 import torch
 
+from trainer.clustering.engine import Engine, build_assign, chosen_engine
 from trainer.clustering.kmeans import KMeansOptions, cluster_means, kmeans, plus_plus
+from trainer.distance import nearest
 from trainer.errors import DataError
+
+ENGINES = ("torch", pytest.param("faiss", marks=pytest.mark.skipif(find_spec("faiss") is None, reason="no faiss-cpu")))
 
 
 def blobs(k: int = 4, each: int = 30, spread: float = 0.1) -> tuple[torch.Tensor, torch.Tensor]:
@@ -75,3 +81,71 @@ def test_fewer_distinct_points_than_clusters_is_an_error_that_names_the_setting(
 def test_one_cluster_is_the_mean() -> None:
     z = torch.randn(20, 3)
     assert torch.allclose(kmeans(z, 1, 0).centroids[0], z.mean(0), atol=1e-5)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_each_engine_gives_equal_arrays_for_equal_seeds_and_the_labels_of_nearest(engine: Engine) -> None:
+    z = torch.randn(3000, 16, generator=torch.Generator().manual_seed(4)) + 50
+    options = KMeansOptions(n_init=3, engine=engine)
+    first, second = kmeans(z, 9, 5, options), kmeans(z, 9, 5, options)
+    assert torch.equal(first.centroids, second.centroids) and torch.equal(first.labels, second.labels)
+    assert torch.equal(first.labels, nearest(z, first.centroids)[0])
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_each_engine_reaches_the_same_inertia(engine: Engine) -> None:
+    z = torch.randn(4000, 12, generator=torch.Generator().manual_seed(5))
+    z = z + 4 * torch.randn(8, 12, generator=torch.Generator().manual_seed(6))[torch.arange(4000) % 8]
+    reference = kmeans(z, 8, 0, KMeansOptions(engine="torch"))
+    assert kmeans(z, 8, 0, KMeansOptions(engine=engine)).inertia == pytest.approx(reference.inertia, rel=1e-3)
+    assert kmeans(z, 7, 0, KMeansOptions(engine=engine)).inertia > 1.1 * reference.inertia  # control: it can differ
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_each_engine_assigns_as_a_slow_loop_does(engine: Engine) -> None:
+    z, mu = torch.tensor([[0.0], [4.0], [9.0]]), torch.tensor([[1.0], [8.0]])
+    ids, d2 = build_assign(z, 2, engine)(mu)
+    assert ids.tolist() == [0, 0, 1] and d2.tolist() == [1.0, 9.0, 1.0]
+
+
+def test_auto_takes_torch_for_few_clusters() -> None:
+    assert chosen_engine(torch.zeros(70_000, 10), 10, "auto") == "torch"
+
+
+def test_an_engine_that_is_not_there_is_an_error_that_says_so() -> None:
+    with pytest.raises(DataError, match="engine is faiss, but the points lie on meta"):
+        chosen_engine(torch.zeros(2, 2, device="meta"), 1, "faiss")
+
+
+def test_spherical_centroids_have_unit_length_and_ignore_the_points_lengths() -> None:
+    z = torch.tensor([[1.0, 0.1], [30.0, -3.0], [0.1, 2.0], [-0.2, 4.0]])
+    result = kmeans(z, 2, 0, KMeansOptions(spherical=True))
+    assert torch.allclose(result.centroids.norm(dim=1), torch.ones(2), atol=1e-6)
+    assert result.labels[0] == result.labels[1] != result.labels[2] == result.labels[3]
+    assert (
+        kmeans(z, 2, 0).labels.tolist().count(int(kmeans(z, 2, 0).labels[1])) == 1
+    )  # control: lengths decide otherwise
+
+
+def test_random_initial_centroids_find_blobs_with_enough_restarts() -> None:
+    z, truth = blobs()
+    labels = kmeans(z, 4, 0, KMeansOptions(n_init=20, init="random")).labels
+    assert len({(int(a), int(b)) for a, b in zip(labels, truth, strict=True)}) == 4
+
+
+def test_a_centroid_far_from_all_points_gets_members_again() -> None:
+    z, _ = blobs()
+    result = kmeans(z, 4, 0, init=torch.cat([z[[0, 30, 60]], torch.full((1, 5), 1e3)]))
+    assert (torch.bincount(result.labels, minlength=4) == 30).all()
+
+
+def test_duplicates_beyond_the_first_thousand_rows_still_count_as_distinct() -> None:
+    z = torch.cat([torch.zeros(1500, 2), torch.ones(5, 2)])
+    assert kmeans(z, 2, 0).centroids.sort(0).values.tolist() == [[0.0, 0.0], [1.0, 1.0]]
+
+
+def test_the_points_are_left_as_they_are() -> None:
+    z, _ = blobs()
+    before = z.clone()
+    kmeans(z, 4, 0, KMeansOptions(spherical=True))
+    assert torch.equal(z, before)

@@ -20,6 +20,7 @@ EXTRA = {
     "dec": "{name: dec, n_clusters: 3, n_init: 3, epochs: 2, optimizer: {kind: adam, lr: 0.001}}",
     "idec": "{name: idec, n_clusters: 3, n_init: 3, epochs: 2}",
     "dcn": "{name: dcn, n_clusters: 3, n_init: 3, epochs: 2, kmeans_every_epochs: 2}",
+    "centering": "{name: centering, n_clusters: 3, n_init: 3, epochs: 2, restarts: 1}",
     "dekm": "{name: dekm, n_clusters: 3, n_init: 3, epochs: 2, refresh_steps: 2}",
     "dkm": "{name: dkm, n_clusters: 3, n_init: 3, rounds: 2, epochs_per_alpha: 1}",
 }

@@ -22,6 +22,12 @@ class MethodSettings(Settings):
     n_init: int = Field(20, ge=1, description="k-means restarts")
 
 
+class LearnedSettings(MethodSettings):
+    """Of methods whose loss says nothing about a single cluster: one kind of part is for ae_kmeans."""
+
+    n_clusters: int = Field(ge=2, description="the number of clusters, an integer >= 2 (one kind of part: ae_kmeans)")
+
+
 class Method:
     """A method on one learner. `title` is what `dkm-train methods` prints; `needs_decoder`: the reconstruction stays in the loss."""
 
@@ -61,6 +67,14 @@ class Method:
             KMeansOptions(n_init=self.settings.n_init),
         )
         self.learner.model.centroids.copy_(result.centroids)
+
+    def figures(self) -> dict[str, float]:
+        """What the run's metrics say of this method beside the common ones, once it has finished."""
+        return {}
+
+    def warnings(self) -> list[str]:
+        """What an engineer must know before using this run; empty where there is nothing."""
+        return []
 
     def state(self) -> dict[str, Tensor]:
         """Tensors to keep in a checkpoint beside the model's; `load_state` takes them back."""

@@ -17,14 +17,15 @@ from pydantic import Field
 from torch import Tensor
 
 from trainer.clustering.kmeans import kmeans
+from trainer.clustering.mini_batch import updated
 from trainer.convergence import Convergence
 from trainer.distance import nearest
 from trainer.learner import Learner
-from trainer.methods.base import Method, MethodSettings
+from trainer.methods.base import LearnedSettings, Method
 from trainer.stage import EpochReport, OptimizerSettings, Stage
 
 
-class DCNSettings(MethodSettings):
+class DCNSettings(LearnedSettings):
     """`clustering_weight` is the paper's lambda; `initial_count` how slowly centroids move at first."""
 
     name: Literal["dcn"] = "dcn"
@@ -48,7 +49,9 @@ class DCN(Method):
         super().__init__(settings, learner, batch_size)
         self.convergence = Convergence(len(learner), settings.n_clusters, settings.tol, self.steps_per_epoch)
         self.labels = torch.zeros(len(learner), dtype=torch.int64, device=learner.device)
-        self.counts = torch.full((settings.n_clusters,), float(settings.initial_count), device=learner.device)
+        self.counts = torch.full(
+            (settings.n_clusters,), float(settings.initial_count), dtype=torch.float64, device=learner.device
+        )
 
     def stages(self) -> list[Stage]:
         return [
@@ -85,7 +88,7 @@ class DCN(Method):
         z, mu = self.learner.latents(index), self.learner.model.centroids
         labels = nearest(z, mu)[0]
         self.labels[index] = labels
-        moved, self.counts = running_means(mu.detach(), self.counts, z, labels)
+        moved, self.counts = updated(mu.detach().double(), self.counts, z, labels)
         mu.copy_(moved)
 
     @torch.no_grad()
@@ -105,11 +108,3 @@ class DCN(Method):
     def load_state(self, state: dict[str, Tensor]) -> None:
         self.labels, self.counts = (state[key].to(self.learner.device) for key in ("labels", "counts"))
         self.convergence.load_state(state)
-
-
-def running_means(mu: Tensor, counts: Tensor, z: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Centroids (K, D) and counts (K,) after samples z (B, D) with `labels` (B,) joined one by one."""
-    joined = torch.bincount(labels, minlength=len(mu)).to(counts)
-    sums = torch.zeros_like(mu).index_add_(0, labels, z)
-    total = counts + joined
-    return (counts[:, None] * mu + sums) / total[:, None], total

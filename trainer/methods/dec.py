@@ -20,11 +20,11 @@ from trainer.assignment import log_student_t, target_distribution
 from trainer.convergence import Convergence
 from trainer.distance import nearest, squared_distances
 from trainer.learner import Learner
-from trainer.methods.base import Method, MethodSettings
+from trainer.methods.base import LearnedSettings, Method, MethodSettings
 from trainer.stage import EpochReport, OptimizerSettings, Stage
 
 
-class SelfTrainingSettings(MethodSettings):
+class SelfTrainingSettings(LearnedSettings):
     """What dec and idec share. `t_dof` is the paper's alpha, `refresh_steps` its T (None: half an epoch).
 
     `length_scale: auto` is the root mean squared distance to the own centroid at the start.

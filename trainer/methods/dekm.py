@@ -21,11 +21,11 @@ from trainer.clustering.matching import match
 from trainer.convergence import Convergence
 from trainer.distance import nearest
 from trainer.learner import Learner
-from trainer.methods.base import Method, MethodSettings
+from trainer.methods.base import LearnedSettings, Method
 from trainer.stage import EpochReport, OptimizerSettings, Stage
 
 
-class DEKMSettings(MethodSettings):
+class DEKMSettings(LearnedSettings):
     """`refresh_steps` between two k-means; `restarts` of it from new seeds beside the one from the last centroids."""
 
     name: Literal["dekm"] = "dekm"

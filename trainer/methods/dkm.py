@@ -20,13 +20,13 @@ from torch import Tensor
 from trainer.convergence import Convergence
 from trainer.distance import nearest, squared_distances
 from trainer.learner import Learner
-from trainer.methods.base import Method, MethodSettings
+from trainer.methods.base import LearnedSettings, Method
 from trainer.stage import EpochReport, OptimizerSettings, Stage
 
 FIRST_ALPHA, ANNEALED_ALPHAS = 0.1, 40
 
 
-class DKMSettings(MethodSettings):
+class DKMSettings(LearnedSettings):
     """`clustering_weight` is the paper's lambda, of sum-reduced losses.
 
     `epochs_per_alpha` of each value; a fixed alpha counts as `rounds` values. `scale_alpha` divides alpha by the median squared

@@ -1,4 +1,4 @@
-"""Small SVG charts as text, without a plotting library: bars of counts, a histogram with an edge."""
+"""Small SVG charts as text, without a plotting library: bars of counts, a histogram with an edge, curves."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 PALETTE = ("#3b6fb6", "#d1802f", "#4b9a6a", "#9b5aa5", "#b5484a", "#6b7785")
-WIDTH_PX, BAR_PX, HISTOGRAM_PX = 640, 22, 180
+WIDTH_PX, BAR_PX, HISTOGRAM_PX, CURVE_PX = 640, 22, 180, 200
 N_BINS = 48
 
 
@@ -58,6 +58,43 @@ def histogram(series: Mapping[str, NDArray[np.float64]], edge: float, unit: str)
     ]
     parts.append(f'<text x="10" y="{HISTOGRAM_PX + 4}">{escape(unit)}</text>')
     return _svg(HISTOGRAM_PX + 10, "".join(parts))
+
+
+def lines(series: Mapping[str, Sequence[tuple[float, float]]], marked: float | None, unit: str) -> str:
+    """Curves of (x, y) points on common axes, with a dot per point and a vertical line at x = `marked`; `unit` names the x axis."""
+    points = [point for curve in series.values() for point in curve]
+    if not points:
+        return ""
+    xs, ys = [x for x, _ in points], [y for _, y in points]
+    left, right, low, high = min(xs), max(xs), min(*ys, 0.0), max(*ys, 0.0)
+    base = CURVE_PX - 24
+
+    def x_px(x: float) -> float:
+        return 50 + (x - left) / ((right - left) or 1) * (WIDTH_PX - 70)
+
+    def y_px(y: float) -> float:
+        return base - (y - low) / ((high - low) or 1) * (base - 20)
+
+    parts = []
+    for n, (name, curve) in enumerate(series.items()):
+        colour = PALETTE[n % len(PALETTE)]
+        path = " ".join(f"{x_px(x):.1f},{y_px(y):.1f}" for x, y in curve)
+        parts.append(f'<polyline points="{path}" fill="none" stroke="{colour}" stroke-width="1.5"/>')
+        parts += [f'<circle cx="{x_px(x):.1f}" cy="{y_px(y):.1f}" r="3" fill="{colour}"/>' for x, y in curve]
+        parts.append(
+            f'<text x="{WIDTH_PX - 12}" y="{12 + 15 * n}" text-anchor="end" fill="{colour}">{escape(name)}</text>'
+        )
+    if marked is not None and left <= marked <= right:
+        parts.append(
+            f'<line x1="{x_px(marked):.1f}" x2="{x_px(marked):.1f}" y1="4" y2="{base}" stroke="#b5484a" stroke-dasharray="5 3"/>'
+        )
+    parts.append(
+        f'<line x1="50" x2="{WIDTH_PX - 20}" y1="{y_px(0):.1f}" y2="{y_px(0):.1f}" stroke="currentColor" stroke-opacity=".4"/>'
+    )
+    parts += [f'<text x="{x_px(x):.1f}" y="{base + 16}" text-anchor="middle">{x:g}</text>' for x in sorted(set(xs))]
+    parts += [f'<text x="44" y="{y_px(y) + 4:.1f}" text-anchor="end">{y:.2f}</text>' for y in sorted({low, high})]
+    parts.append(f'<text x="10" y="{base + 16}">{escape(unit)}</text>')
+    return _svg(CURVE_PX, "".join(parts))
 
 
 def _svg(height: int, body: str) -> str:

@@ -78,7 +78,7 @@ def _head(run: Run) -> str:
 
 
 def _warnings(run: Run, rows: list[Assignment], skipped: Sequence[Skipped] | None) -> str:
-    notes = []
+    notes = list(run.info["train"].get("warnings", []))
     novelty = run.info["novelty"]
     if novelty["kind"] == "uncalibrated" or novelty["promised_frr"] > novelty["target_frr"]:
         notes.append(novelty_sentence(novelty))

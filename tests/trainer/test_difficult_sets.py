@@ -1,0 +1,86 @@
+"""Sets that break clustering code: every method gets through, or says which setting to change."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from configs import ConfigError, load_text
+from tests.trainer.learning import warped_blobs
+from tests.trainer.test_methods import EXTRA
+from trainer import FitOptions, Run, fit
+from trainer.errors import CollapseError, DataError
+from trainer.methods import METHODS
+from trainer.settings import TrainSettings
+
+TEXT = """
+data: {{path: {path}}}
+preprocess: {{resize: none, color: gray}}
+encoder: {{name: mlp, hidden: [16], dim: 6}}
+pretrain: {{epochs: 3}}
+method: {method}
+novelty: none
+train: {{batch_size: 32, device: cpu}}
+"""
+
+
+def method(name: str, n_clusters: int) -> str:
+    text = EXTRA.get(name, f"{{name: {name}, n_clusters: 3}}")
+    return text.replace("n_clusters: 3", f"n_clusters: {n_clusters}")
+
+
+def fitted(images: np.ndarray, name: str, n_clusters: int, folder: Path) -> Run:
+    np.savez(folder / "set.npz", X=images)
+    text = TEXT.format(path=folder / "set.npz", method=method(name, n_clusters))
+    return fit(load_text(TrainSettings, text, "set.yaml"), FitOptions(out=folder / "run"))
+
+
+def is_finite(run: Run) -> bool:
+    return all(np.isfinite(value.numpy()).all() for value in run.model.state_dict().values())
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_whole_batches_a_class_of_copies_and_a_constant_column(name: str, tmp_path: Path) -> None:
+    images, kinds = warped_blobs(per_kind=32)  # 64 of them: two whole batches
+    images = images[kinds < 2].copy()
+    images[:32] = images[0]
+    images[:, :, 3] = 200
+    assert is_finite(fitted(images, name, 2, tmp_path))
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_fewer_images_than_a_batch(name: str, tmp_path: Path) -> None:
+    assert is_finite(fitted(warped_blobs(per_kind=5)[0], name, 5, tmp_path))
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_more_clusters_than_images_or_than_different_images_names_the_setting(name: str, tmp_path: Path) -> None:
+    images = warped_blobs(per_kind=1)[0]
+    with pytest.raises(DataError, match=r"method\.n_clusters is 6, but there are 5 training images"):
+        fitted(images, name, 6, tmp_path)
+    with pytest.raises(DataError, match=r"method\.n_clusters is 3, but the 50 images have only 1 different"):
+        fitted(np.repeat(images[:1], 50, 0), name, 3, tmp_path)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_one_cluster_is_for_the_control(name: str) -> None:
+    text = TEXT.format(path="x.npz", method=method(name, 1))
+    if name == "ae_kmeans":
+        assert load_text(TrainSettings, text, "one.yaml").method.n_clusters == 1
+    else:
+        with pytest.raises(
+            ConfigError, match=r"one\.yaml:6 method\.n_clusters is 1, expected greater than or equal to 2"
+        ):
+            load_text(TrainSettings, text, "one.yaml")
+
+
+def test_a_rate_that_throws_everything_together_is_stopped_by_a_guard(tmp_path: Path) -> None:
+    np.savez(tmp_path / "set.npz", X=warped_blobs(per_kind=32)[0])
+    wild = "{name: dec, n_clusters: 5, epochs: 30, optimizer: {kind: sgd, lr: 1000}}"
+    text = TEXT.format(path=tmp_path / "set.npz", method=wild)
+    with pytest.raises(CollapseError, match="guard"):
+        fit(load_text(TrainSettings, text, "wild.yaml"), FitOptions(out=tmp_path / "run"))
+    assert (tmp_path / "run" / "checkpoints" / "last.safetensors").is_file()
+    assert not (tmp_path / "run" / "model.json").exists()

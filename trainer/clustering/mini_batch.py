@@ -1,0 +1,88 @@
+"""Mini-batch k-means, for sets that k-means itself takes too long on: a few passes in small batches, then one full assignment.
+
+Source: Sculley, "Web-scale k-means clustering", 2010, Algorithm 1: v counts a centroid's members so far, eta = 1/v is its learning
+rate, mu <- (1 - eta) mu + eta x. Differs from the paper: a batch's members of one centroid are averaged in at once, which is the same
+sum; seeding is k-means++ on a sample; after an epoch (but the last) a starved centroid restarts at a far point of the last batch.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from trainer.clustering.engine import build_assign
+from trainer.clustering.kmeans import KMeansResult, check_distinct, plus_plus
+from trainer.distance import nearest
+
+SEEDING_SAMPLE = 8  # batches that k-means++ looks at
+STARVED_SHARE = 0.01  # of N / K members in one epoch: fewer is starved
+
+
+@dataclass(frozen=True)
+class MiniBatchOptions:
+    """`n_init` whole runs keep the lowest inertia; every epoch sees all points once, in an order of its own."""
+
+    batch_size: int = 1024
+    epochs: int = 10
+    n_init: int = 3
+
+
+def mini_batch_kmeans(
+    z: Tensor, n_clusters: int, seed: int, options: MiniBatchOptions | None = None, init: Tensor | None = None
+) -> KMeansResult:
+    """Clusters z (N, D) into `n_clusters`; `iterations` of the result counts batches.
+
+    Args:
+        seed: decides initial centroids and order; the same seed gives the same result on a CPU.
+        init: (K, D) centroids to start from; then there is one run and no restart.
+
+    Raises:
+        DataError: fewer distinct points than clusters.
+    """
+    options = options or MiniBatchOptions()
+    z = z.detach().float()
+    check_distinct(z, n_clusters)
+    generator = torch.Generator().manual_seed(seed)
+    runs = 1 if init is not None else options.n_init
+    results = []
+    for _ in range(runs):
+        start = _seeds(z, n_clusters, generator, options) if init is None else init.detach().to(z).clone()
+        results.append(_run(z, start, generator, options))
+    return min(results, key=lambda result: result.inertia)
+
+
+def _seeds(z: Tensor, n_clusters: int, generator: torch.Generator, options: MiniBatchOptions) -> Tensor:
+    drawn = torch.randperm(len(z), generator=generator)[: max(SEEDING_SAMPLE * options.batch_size, 3 * n_clusters)]
+    return plus_plus(z[drawn.to(z.device)], n_clusters, generator)
+
+
+def _run(z: Tensor, mu: Tensor, generator: torch.Generator, options: MiniBatchOptions) -> KMeansResult:
+    centre = z.mean(0)
+    mu = (mu - centre).double()
+    counts = torch.zeros(len(mu), dtype=torch.float64, device=z.device)
+    batches = 0
+    for epoch in range(options.epochs):
+        before = counts.clone()
+        for index in torch.randperm(len(z), generator=generator).split(options.batch_size):
+            batch = z[index.to(z.device)] - centre
+            labels, d2 = build_assign(batch, len(mu), "torch")(mu)
+            mu, counts = updated(mu, counts, batch, labels)
+            batches += 1
+        if epoch + 1 < options.epochs:
+            starved = torch.nonzero(counts - before < STARVED_SHARE * len(z) / len(mu))[:, 0][: len(batch)]
+            # A moved centroid starts over: with its old count it could hardly move again.
+            mu[starved] = batch[torch.topk(d2, len(starved)).indices].double()
+            counts[starved] = 0.0
+    centroids = (mu + centre).to(z.dtype)
+    labels, d2 = nearest(z, centroids)
+    return KMeansResult(centroids, labels, float(d2.double().sum()), batches)
+
+
+def updated(mu: Tensor, counts: Tensor, batch: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Centroids (K, D) and member counts (K,), both float64, after a batch (B, D) with its assignment (B,)."""
+    new = torch.bincount(labels, minlength=len(mu)).to(counts)
+    sums = torch.zeros_like(mu).index_add_(0, labels, batch.double())
+    total = counts + new
+    return mu + (sums - new[:, None] * mu) / total.clamp_min(1.0)[:, None], total

@@ -1,0 +1,116 @@
+"""Centering: embeddings drawn to centroids that stand still within an epoch; k-means finds them anew at its end; `method.name: centering`.
+
+Source: Roy, "An Approach Towards Learning K-means-friendly Deep Latent Representation", ICPR 2024, arXiv 2411.19496.
+    L = |x - g(f(x))|^2 + ct_weight sum_k G_ik |f(x_i) - r_k|^2,   r constant in the epoch; summed over elements, averaged over the batch
+Which of two the paper calls alpha could not be settled from what is published of it, so both are keys: `alpha`, the sharpness of the
+softmax G (reading A: alpha 2, 5, 10 ..., ct_weight 1), and `ct_weight`, the strength of the centering (reading B: assignment hard,
+ct_weight 2, 4 ...). Differs from the paper: k-means at an epoch's end starts from the last centroids as well as from `restarts`
+new ones, and its rows are matched to the last ones, so that ids stay; it stops when assignments rest.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from trainer.clustering.kmeans import KMeansOptions, KMeansResult, kmeans
+from trainer.clustering.matching import match
+from trainer.clustering.mini_batch import mini_batch_kmeans
+from trainer.convergence import Convergence
+from trainer.distance import nearest, squared_distances
+from trainer.learner import Learner
+from trainer.methods.base import LearnedSettings, Method
+from trainer.methods.dkm import soft_kmeans_loss
+from trainer.stage import EpochReport, OptimizerSettings, Stage
+
+
+class CenteringSettings(LearnedSettings):
+    """`init: random` starts from random samples; `restarts` k-means runs from new seeds at each epoch's end beside the warm one."""
+
+    name: Literal["centering"] = "centering"
+    epochs: int = Field(100, ge=1)
+    alpha: float = Field(2.0, gt=0)
+    ct_weight: float = Field(1.0, gt=0)
+    assignment: Literal["soft", "hard"] = "soft"
+    init: Literal["kmeans", "random"] = "kmeans"
+    algorithm: Literal["kmeans", "mini_batch"] = "kmeans"
+    restarts: int = Field(10, ge=0)
+    tol: float = Field(0.001, ge=0, lt=1)
+    optimizer: OptimizerSettings = OptimizerSettings(kind="adam", lr=1e-3)
+
+
+class Centering(Method):
+    """Gradient steps of the autoencoder towards fixed centroids, k-means at every epoch's end."""
+
+    Settings = CenteringSettings
+    title = "centering loss against fixed centroids, k-means every epoch (Roy 2024)"
+    settings: CenteringSettings
+    needs_decoder = True
+
+    def __init__(self, settings: CenteringSettings, learner: Learner, batch_size: int) -> None:
+        super().__init__(settings, learner, batch_size)
+        self.convergence = Convergence(len(learner), settings.n_clusters, settings.tol, self.steps_per_epoch)
+
+    def stages(self) -> list[Stage]:
+        return [
+            Stage(
+                "centering",
+                self.settings.epochs,
+                self.batch_size,
+                self.settings.optimizer,
+                self.encoder_parameters(),
+                self.loss,
+                self.encoder_modules(),
+                begin=lambda: self.convergence.begin(self.learner.all_latents()),
+                after_epoch=self.after_epoch,
+            )
+        ]
+
+    @torch.no_grad()
+    def init_centroids(self) -> None:
+        """By k-means, or K random samples."""
+        if self.settings.init == "kmeans":
+            super().init_centroids()
+            return
+        generator = torch.Generator().manual_seed(self.learner.seed)
+        chosen = torch.randperm(len(self.learner), generator=generator)[: self.settings.n_clusters]
+        self.learner.model.centroids.copy_(self.learner.all_latents()[chosen.to(self.learner.device)])
+
+    def loss(self, index: Tensor) -> Tensor:
+        """Reconstruction and centering; no gradient reaches the centroids."""
+        z, error = self.learner.reconstruct(index)
+        d2 = squared_distances(z, self.learner.model.centroids.detach())
+        hard = self.settings.assignment == "hard"
+        return error.mean() + self.settings.ct_weight * (
+            d2.min(1).values.mean() if hard else soft_kmeans_loss(d2, self.settings.alpha)
+        )
+
+    @torch.no_grad()
+    def after_epoch(self, epoch: int) -> EpochReport:
+        z, mu = self.learner.all_latents(), self.learner.model.centroids
+        found = self._cluster(z, mu.detach(), epoch)
+        mu.copy_(found[match(mu.detach(), found)])
+        self.convergence.look(nearest(z, mu)[0], z, mu, (epoch + 1) * self.steps_per_epoch)
+        return EpochReport(self.convergence.figures, stop=self.convergence.is_reached)
+
+    def _cluster(self, z: Tensor, mu: Tensor, epoch: int) -> Tensor:
+        """Centroids (K, D) of the warm run or of the best new one, whichever lies closer to z."""
+        k, seed = self.settings.n_clusters, self.learner.seed + epoch + 1
+        results: list[KMeansResult]
+        if self.settings.algorithm == "mini_batch":
+            results = [mini_batch_kmeans(z, k, seed, init=mu)]
+            results += [mini_batch_kmeans(z, k, seed)] if self.settings.restarts else []
+        else:
+            results = [kmeans(z, k, seed, init=mu)]
+            if self.settings.restarts:
+                results.append(kmeans(z, k, seed, KMeansOptions(n_init=self.settings.restarts)))
+        return min(results, key=lambda result: result.inertia).centroids
+
+    def state(self) -> dict[str, Tensor]:
+        return self.convergence.state()
+
+    def load_state(self, state: dict[str, Tensor]) -> None:
+        self.convergence.load_state(state)
