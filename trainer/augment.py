@@ -1,7 +1,7 @@
 """Random changes of training batches that do not change what a part is; `augment:` in YAML, for every method alike.
 
 Source: Guo, Zhu, Liu, Yin, "Deep Embedded Clustering with Data Augmentation" (DEC-DA), ACML 2018: shifts of 10 % and turns of 10
-degrees; the autoencoder learns from changed images, targets and centroids come from the clean ones. Differs from the paper: what
+degrees; encoder and decoder learn from changed images, target distributions, labels and centroids come from the clean ones. Differs from the paper: what
 comes into view repeats the border instead of black, since a factory background is seldom black.
 """
 

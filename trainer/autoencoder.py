@@ -8,48 +8,50 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
+import shutil
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
+from trainer.encoders.weights import with_digests
 from trainer.errors import ArtifactError, DataError
 from trainer.learner import Learner
 from trainer.pretrain import pretrain_stages
 from trainer.settings import TrainSettings
+from trainer.splits import Split
 from trainer.stage import Stage
+from trainer.tensor_file import save_tensors
 
 NAME = "autoencoder.safetensors"
-MUST_AGREE = ("images", "preprocess", "encoder")  # of another run's autoencoder; seed and schedule may differ
+MUST_AGREE = ("images", "preprocess", "encoder")  # of another run's autoencoder; its schedule may differ
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """What decides a pre-trained autoencoder, as plain values."""
+    """What decides a pre-trained autoencoder, as plain values. `is_calibrated`: whether held-out parts must not be among its images."""
 
     values: dict[str, Any]
+    is_calibrated: bool
 
     @classmethod
-    def of(cls, settings: TrainSettings, manifest_sha256: str) -> Recipe:
+    def of(cls, settings: TrainSettings, manifest_sha256: str, split: Split) -> Recipe:
         """The recipe of the run that `settings` describe on the images of that manifest."""
         plain = settings.plain()
-        pretrain = {key: value for key, value in plain["pretrain"].items() if key not in {"from", "cache"}}
-        train = {key: plain["train"][key] for key in ("seed", "batch_size", "precision")}
-        shares = None if settings.calibration is None else plain["novelty"]["shares"]
         return cls(
             {
                 "images": manifest_sha256,
+                "train_images": hashlib.sha256(np.ascontiguousarray(split.train).tobytes()).hexdigest(),
                 "preprocess": plain["preprocess"],
-                "encoder": plain["encoder"],
+                "encoder": with_digests(plain["encoder"]),
                 "augment": plain["augment"],
-                "pretrain": pretrain,
-                "train": train,
-                "shares": shares,
-            }
+                "pretrain": {key: value for key, value in plain["pretrain"].items() if key not in {"from", "cache"}},
+                "train": {key: plain["train"][key] for key in ("seed", "batch_size", "precision")},
+            },
+            split.is_calibrated,
         )
 
     @property
@@ -61,11 +63,12 @@ class Recipe:
 class SharedAutoencoder:
     """Decides for one run whether to pre-train or to take what is there, and leaves the autoencoder in the run folder and the cache."""
 
-    def __init__(self, settings: TrainSettings, manifest_sha256: str, folder: Path) -> None:
-        self.settings, self.recipe = settings, Recipe.of(settings, manifest_sha256)
-        self.targets = [folder / NAME]
-        if settings.pretrain.cache is not None:
-            self.targets.append(Path(settings.pretrain.cache) / f"{self.recipe.sha256[:16]}.safetensors")
+    def __init__(self, settings: TrainSettings, recipe: Recipe, folder: Path) -> None:
+        self.settings, self.recipe, self.own = settings, recipe, folder / NAME
+        pretrain = settings.pretrain
+        # What another run learned is not what this recipe gives: it never goes into the cache.
+        has_cache = pretrain.cache is not None and pretrain.from_run is None
+        self.cached = Path(pretrain.cache or "") / f"{recipe.sha256[:16]}.safetensors" if has_cache else None
 
     def stages(self, learner: Learner, may_load: bool) -> list[Stage]:
         """Pre-training's stages, or as many empty ones where an autoencoder is there to take (the loop counts stages)."""
@@ -78,31 +81,27 @@ class SharedAutoencoder:
 
         def load() -> None:
             load_autoencoder(source, learner, self.recipe)
-            self._save(learner)
+            shutil.copyfile(source, self.own)  # with the header of the run that learned it
 
         return [replace(stage, epochs=0, begin=load if n == 0 else stage.begin) for n, stage in enumerate(stages)]
 
     def _source(self) -> Path | None:
         if self.settings.pretrain.from_run is not None:
             return Path(self.settings.pretrain.from_run) / NAME
-        return self.targets[-1] if len(self.targets) > 1 and self.targets[-1].is_file() else None
+        return self.cached if self.cached is not None and self.cached.is_file() else None
 
     def _save(self, learner: Learner) -> None:
-        for path in self.targets:
-            if path == self.targets[0] or not path.is_file():
+        for path in (self.own, self.cached):
+            if path is not None:
                 save_autoencoder(path, learner, self.recipe)
 
 
 def save_autoencoder(path: Path, learner: Learner, recipe: Recipe) -> None:
-    """Writes encoder and decoder: temporary file, rename; two writers of one recipe write the same."""
+    """Writes encoder and decoder."""
     decoder = learner.need_decoder("a saved autoencoder")
     tensors = {f"encoder.{k}": v for k, v in learner.model.encoder.state_dict().items()}
     tensors |= {f"decoder.{k}": v for k, v in decoder.state_dict().items()}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    header = {"recipe": json.dumps(recipe.values, sort_keys=True)}
-    save_file({k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()}, temporary, header)
-    temporary.replace(path)
+    save_tensors(path, tensors, {"recipe": json.dumps(recipe.values, sort_keys=True)})
 
 
 def load_autoencoder(path: Path, learner: Learner, recipe: Recipe) -> None:
@@ -110,7 +109,7 @@ def load_autoencoder(path: Path, learner: Learner, recipe: Recipe) -> None:
 
     Raises:
         ArtifactError: it is not there, or damaged.
-        DataError: it was learned from other images, or by another pre-processing or encoder.
+        DataError: it was learned from other images, or by another pre-processing or encoder, or on parts that novelty is calibrated on.
     """
     if not path.is_file():
         raise ArtifactError(f"{path} does not exist; a run that pre-trains an autoencoder leaves one")
@@ -126,6 +125,11 @@ def load_autoencoder(path: Path, learner: Learner, recipe: Recipe) -> None:
                 f"pretrain.from: {path} was learned with other {key} ({_shown(found.get(key))}, here "
                 f"{_shown(recipe.values[key])}), expected the same; take a run of the same data, preprocess and encoder settings"
             )
+    if recipe.is_calibrated and found.get("train_images") != recipe.values["train_images"]:
+        raise DataError(
+            f"pretrain.from: {path} was trained on parts that novelty is calibrated on here, which would void its promise; "
+            f"expected the same train.seed, novelty.shares, data.groups and data.good as in that run"
+        )
     decoder = learner.need_decoder("pretrain.from")
     learner.model.encoder.load_state_dict(_part(tensors, "encoder."))
     decoder.load_state_dict(_part(tensors, "decoder."))

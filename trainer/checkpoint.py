@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import json
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from trainer.errors import ArtifactError
 from trainer.learner import Learner
 from trainer.methods.base import Method
+from trainer.tensor_file import save_tensors
 
 NAME = "last.safetensors"
 
@@ -33,23 +32,14 @@ class Position:
 def save_checkpoint(
     folder: Path, position: Position, learner: Learner, method: Method, optimizer: torch.optim.Optimizer
 ) -> None:
-    """Writes `folder/last.safetensors`: temporary file, fsync, rename."""
+    """Writes `folder/last.safetensors`."""
     tensors = {f"model.{k}": v for k, v in learner.model.state_dict().items()}
     if learner.decoder is not None:
         tensors |= {f"decoder.{k}": v for k, v in learner.decoder.state_dict().items()}
     tensors |= {f"method.{k}": v for k, v in method.state().items()}
     for n, state in optimizer.state_dict()["state"].items():
         tensors |= {f"optimizer.{n}.{k}": v for k, v in state.items() if isinstance(v, Tensor)}
-    folder.mkdir(parents=True, exist_ok=True)
-    temporary = folder / f".{NAME}.tmp"
-    save_file(
-        {k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()},
-        temporary,
-        {"position": json.dumps(position.__dict__)},
-    )
-    with temporary.open("rb") as file:
-        os.fsync(file.fileno())
-    temporary.replace(folder / NAME)
+    save_tensors(folder / NAME, tensors, {"position": json.dumps(position.__dict__)})
 
 
 @dataclass(frozen=True)

@@ -11,15 +11,15 @@ from trainer.guards import ClusterGuard
 
 
 class Convergence:
-    """Churn is measured over at least one epoch, twice in a row below `tol`: a short refresh interval moves few labels by itself.
+    """Churn is measured over at least `interval_steps` (an epoch, as a rule), twice in a row below `tol`: few steps move few labels anyway.
 
     `state` and `load_state` are what a checkpoint keeps; `figures` is the log's.
     """
 
     KEYS: ClassVar = ("reference", "reference_step", "quiet", "churn", "spread", "empty_refreshes")
 
-    def __init__(self, n: int, n_clusters: int, tol: float, steps_per_epoch: int) -> None:
-        self.n_clusters, self.tol, self.steps_per_epoch = n_clusters, tol, steps_per_epoch
+    def __init__(self, n: int, n_clusters: int, tol: float, interval_steps: int) -> None:
+        self.n_clusters, self.tol, self.interval_steps = n_clusters, tol, interval_steps
         self.reference = torch.zeros(n, dtype=torch.int64)
         self.reference_step, self.quiet, self.churn = -1, 0, 1.0
         self.spread, self.empty_refreshes = 0.0, 0
@@ -28,6 +28,14 @@ class Convergence:
     def begin(self, z: Tensor) -> None:
         """Notes the spread of the embeddings z (N, D) before clustering, which the guards compare with."""
         self.spread = float(z.var(0, unbiased=False).sum())
+
+    def check(self, z: Tensor) -> None:
+        """Whether embeddings z (N, D) can be clustered at all; before k-means, which would blame the images.
+
+        Raises:
+            CollapseError: naming the guard.
+        """
+        ClusterGuard(self.n_clusters, self.spread).check_embeddings(z)
 
     def look(self, q: Tensor, z: Tensor, mu: Tensor, step: int) -> None:
         """Takes one refresh: q (N, K) soft, or labels (N,); z (N, D); mu (K, D).
@@ -43,7 +51,7 @@ class Convergence:
 
     def _measure_churn(self, labels: Tensor, step: int) -> None:
         if self.reference_step >= 0:
-            if step - self.reference_step < self.steps_per_epoch:
+            if step - self.reference_step < self.interval_steps:
                 return
             self.churn = float((labels != self.reference.to(labels.device)).float().mean())
             self.quiet = self.quiet + 1 if self.churn < self.tol else 0
@@ -61,10 +69,14 @@ class Convergence:
 
     def state(self) -> dict[str, Tensor]:
         """Everything as tensors."""
-        return {f"convergence.{key}": torch.as_tensor(getattr(self, key)) for key in self.KEYS}
+        shown = {f"figure.{key}": torch.tensor(value, dtype=torch.float64) for key, value in self._figures.items()}
+        return shown | {f"convergence.{key}": torch.as_tensor(getattr(self, key)) for key in self.KEYS}
 
     def load_state(self, state: dict[str, Tensor]) -> None:
         """Takes back what `state` gave."""
         self.reference = state["convergence.reference"]
+        self._figures = {
+            key.removeprefix("figure."): float(value) for key, value in state.items() if key.startswith("figure.")
+        }
         for key in self.KEYS[1:]:
             setattr(self, key, state[f"convergence.{key}"].item())

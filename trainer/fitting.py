@@ -17,7 +17,7 @@ from torch import nn
 
 from configs import Sources, find, load_settings
 from trainer.artifact import Run, build_model, save_run, write_config
-from trainer.autoencoder import SharedAutoencoder
+from trainer.autoencoder import Recipe, SharedAutoencoder
 from trainer.checkpoint import NAME, Position, load_checkpoint
 from trainer.codebook import Embedded, cluster_table, finish, set_calibration
 from trainer.data import Dataset, load_dataset
@@ -28,7 +28,7 @@ from trainer.images import open_images
 from trainer.learner import Learner, LearnerOptions
 from trainer.loop import METRICS, Loop, append_metrics
 from trainer.methods import METHODS, Method
-from trainer.model import PREDICT_BATCH, ClusterModel
+from trainer.model import ClusterModel
 from trainer.novelty import NoveltySettings
 from trainer.progress import Progress, Silent
 from trainer.provenance import Outcome, describe
@@ -74,7 +74,7 @@ def fit(config: str | Path | TrainSettings, options: FitOptions | None = None) -
         options.progress.say(f"reading {settings.data.path}")
         dataset, split = _load(settings, options.progress)
         learner, frozen = _prepare(settings, dataset, split, device)
-        method, earlier_s = _train(settings, learner, dataset, folder, options)
+        method, earlier_s = _train(settings, learner, (dataset, split), folder, options)
         run, outcome = _finish(settings, learner.model.eval(), frozen, dataset, split)
     run.metrics |= method.figures()  # the same dictionary as run.info["metrics"]
     run.info["train"]["warnings"] = method.warnings()
@@ -119,7 +119,23 @@ def _load(settings: TrainSettings, progress: Progress) -> tuple[Dataset, Split]:
             f"method.n_clusters is {settings.method.n_clusters}, but there are {len(split.train)} training images "
             f"(of {len(dataset)}); use fewer clusters or more images"
         )
+    distinct = _distinct(dataset, split, settings.method.n_clusters)
+    if distinct < settings.method.n_clusters:
+        raise DataError(
+            f"method.n_clusters is {settings.method.n_clusters}, but the {len(split.train)} images have only {distinct} different "
+            f"pictures among them; use fewer clusters or more images"
+        )
     return dataset, split
+
+
+def _distinct(dataset: Dataset, split: Split, enough: int) -> int:
+    """Number of different training images, counted up to `enough`: identical ones may differ in a float's last digit once embedded."""
+    seen: set[bytes] = set()
+    for n in split.train.tolist():
+        seen.add(dataset.pixels[n].numpy().tobytes())
+        if len(seen) >= enough:
+            break
+    return len(seen)
 
 
 def _prepare(
@@ -132,10 +148,12 @@ def _prepare(
     train = torch.from_numpy(split.train)
     pixels = dataset.pixels[train]
     model.preprocess.fit_normalise(pixels)
-    model.encoder.fit_stem(model.preprocess.normalise(part.to(device)) for part in pixels.split(PREDICT_BATCH))
-    frozen = frozen_features(settings, model, dataset, split)
+    frozen = frozen_features(settings, model, dataset)
+    of_train = None if frozen is None else frozen[train.to(device)]
+    if of_train is not None:
+        model.encoder.fit_stem(of_train)
     how = LearnerOptions(settings.train.seed, settings.augment, settings.train.precision)
-    return Learner(model, pixels, how, None if frozen is None else frozen[train.to(device)]), frozen
+    return Learner(model, pixels, how, of_train), frozen
 
 
 def _finish(
@@ -156,13 +174,14 @@ def _finish(
 
 
 def _train(
-    settings: TrainSettings, learner: Learner, dataset: Dataset, folder: Path, options: FitOptions
+    settings: TrainSettings, learner: Learner, data: tuple[Dataset, Split], folder: Path, options: FitOptions
 ) -> tuple[Method, float]:
     """Pre-training, initial centroids, the method's stages; goes on from a checkpoint where there is one and `resume` is set.
 
     Returns:
         The method as it ended, and the seconds of the epochs that ran before the checkpoint.
     """
+    dataset, split = data
     if len(learner) < 2 and any(isinstance(module, nn.BatchNorm2d) for module in learner.model.encoder.modules()):
         raise DataError(
             f"{settings.data.path} leaves 1 image to train on, but encoder {settings.encoder.name} normalises over a batch; expected at least 2"
@@ -177,7 +196,7 @@ def _train(
     centroids = Stage("init", 0, settings.train.batch_size, OptimizerSettings(), [], learner.latents, begin=init)
     digest = hashlib.sha256(json.dumps(settings.plain(), sort_keys=True).encode()).hexdigest()
     checkpoint = load_checkpoint(folder / "checkpoints", digest, dataset.manifest_sha256) if options.resume else None
-    shared = SharedAutoencoder(settings, dataset.manifest_sha256, folder)
+    shared = SharedAutoencoder(settings, Recipe.of(settings, dataset.manifest_sha256, split), folder)
     pretraining = shared.stages(learner, may_load=checkpoint is None)
     stages = [*pretraining, centroids, *method.stages()]
     loop = Loop(

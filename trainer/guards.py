@@ -11,6 +11,7 @@ from torch import Tensor
 from trainer.errors import CollapseError
 
 MIN_EFFECTIVE_SHARE = 0.5  # of K
+MIN_EFFECTIVE = 1.05  # of two clusters, one then holds 99 %
 MAX_EMPTY_REFRESHES = 3
 MIN_SPREAD_SHARE = 0.01  # of the spread before clustering
 MIN_CENTRE_SHARE = 1e-3  # smallest distance between centroids, of the median one
@@ -33,22 +34,40 @@ class ClusterGuard:
     spread: float
     empty_refreshes: int = field(default=0)
 
+    def check_embeddings(self, z: Tensor) -> float:
+        """The spread of z (N, D), where it is finite and not gone.
+
+        Raises:
+            CollapseError: naming the guard.
+        """
+        spread = float(z.var(0, unbiased=False).sum())
+        if not math.isfinite(spread):
+            raise CollapseError("guard nan", "the embeddings hold values that are not finite; lower the learning rate")
+        if spread < MIN_SPREAD_SHARE * self.spread:
+            raise CollapseError(
+                "guard spread",
+                f"the embeddings' variance fell to {spread / self.spread:.2%} of its start; "
+                f"the encoder maps everything to one point",
+            )
+        return spread
+
     def figures(self, q: Tensor, z: Tensor, mu: Tensor) -> dict[str, float]:
         """Checks q (N, K), z (N, D), mu (K, D) and returns what goes into the log.
 
         Raises:
             CollapseError: naming the guard.
         """
-        n_eff, spread = float(effective_number(q)), float(z.var(0, unbiased=False).sum())
+        spread = self.check_embeddings(z)
+        n_eff = float(effective_number(q))
         counts = torch.bincount(q.argmax(1), minlength=self.n_clusters)
         empty = int((counts == 0).sum())
         self.empty_refreshes = self.empty_refreshes + 1 if empty else 0
         gaps = torch.pdist(mu.detach()) if self.n_clusters > 1 else torch.ones(1)
-        if not (math.isfinite(n_eff) and math.isfinite(spread)):
+        if not math.isfinite(n_eff):
             raise CollapseError(
                 "guard nan", "the soft assignments hold values that are not finite; lower the learning rate"
             )
-        if n_eff < MIN_EFFECTIVE_SHARE * self.n_clusters:
+        if self.n_clusters > 1 and n_eff < max(MIN_EFFECTIVE_SHARE * self.n_clusters, MIN_EFFECTIVE):
             raise CollapseError(
                 "guard n_eff",
                 f"the mean assignment fills only {n_eff:.1f} of {self.n_clusters} clusters; "
@@ -58,12 +77,6 @@ class ClusterGuard:
             raise CollapseError(
                 "guard empty",
                 f"{empty} cluster(s) stayed empty for {MAX_EMPTY_REFRESHES} refreshes; use fewer clusters",
-            )
-        if spread < MIN_SPREAD_SHARE * self.spread:
-            raise CollapseError(
-                "guard spread",
-                f"the embeddings' variance fell to {spread / self.spread:.2%} of its start; "
-                f"the encoder maps everything to one point",
             )
         if self.n_clusters > 1 and float(gaps.min()) < MIN_CENTRE_SHARE * float(gaps.median()):
             raise CollapseError(

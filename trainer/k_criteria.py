@@ -91,6 +91,12 @@ def measure(embedding: Embedding, ks: list[int]) -> Iterator[KFigures]:
             f"expected at least {POINTS_PER_CLUSTER * max(ks)} images and 5 groups; ask for fewer clusters or add images"
         )
     orders = [rng.permutation(groups) for _ in range(RESAMPLES)]
+    smallest = min(_smaller_half(embedding, order) for order in orders)
+    if smallest < 2 * max(ks):
+        raise DataError(
+            f"--k goes up to {max(ks)}, but groups are so uneven that a half of them holds only {smallest} images, expected at least "
+            f"{2 * max(ks)}; ask for fewer clusters, or give data.groups that are smaller than half of the set"
+        )
     references = [[_reference(embedding, rng, kind) for _ in range(REFERENCES)] for kind in ("normal", "uniform")]
     for k in ks:
         whole = kmeans(z, k, embedding.seed, WHOLE_RESTARTS)
@@ -110,6 +116,12 @@ def measure(embedding: Embedding, ks: list[int]) -> Iterator[KFigures]:
             silhouette=metric.silhouette(z.cpu().numpy(), labels, sample=2000),
             labels=labels,
         )
+
+
+def _smaller_half(embedding: Embedding, order: NDArray[np.int64]) -> int:
+    """Images in the smaller half of the groups in this order."""
+    first = int(np.isin(embedding.groups, order[: len(order) // 2]).sum())
+    return min(first, len(embedding.z) - first)
 
 
 def _halves(embedding: Embedding, k: int, order: NDArray[np.int64], n: int) -> tuple[Labels, Labels]:

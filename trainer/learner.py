@@ -23,7 +23,7 @@ class LearnerOptions:
 
 
 class Learner:
-    """`pixels`: (N, h, w, 3 or 1) training pixels; `frozen` (N, ...): the outputs of the encoder's stem for them, where it has one.
+    """`pixels`: (N, h, w, 3 or 1) training pixels; `frozen` (N, F): what the encoder's frozen part gives for them, where it has one; the stem is fitted.
 
     `decoder`: where the encoder has one and something needs it, else None.
     """
@@ -35,7 +35,7 @@ class Learner:
         self.device = model.centroids.device
         self.pixels = pixels.to(self.device)
         self.decoder: nn.Module | None = None
-        self._frozen = frozen
+        self._inputs = None if frozen is None else self._stem(frozen)
 
     def __len__(self) -> int:
         return len(self.pixels)
@@ -60,7 +60,8 @@ class Learner:
         """What the trained part of the encoder sees of samples `index` (B,) while training: changed as `augment:` says."""
         if self.options.augment.is_identity:
             return self._clean(index)
-        return self.model.encoder.stem(augment(self._normalised(index), self.options.augment))
+        changed = augment(self._normalised(index), self.options.augment)
+        return self._stem(self.model.encoder.frozen(changed))
 
     def features(self, index: Tensor) -> Tensor:
         """Encoder features (B, F) of a training batch, with gradients."""
@@ -70,12 +71,17 @@ class Learner:
         """Embeddings in cluster space (B, D) of a training batch, with gradients."""
         return self._to_latents(self.features(index))
 
+    @torch.no_grad()
+    def clean_latents(self, index: Tensor) -> Tensor:
+        """Embeddings in cluster space (B, D) of samples `index` as they are."""
+        return self._to_latents(self._head(self._clean(index)))
+
     def reconstruct(self, index: Tensor) -> tuple[Tensor, Tensor]:
         """Embeddings in cluster space (B, D), and the squared error of the reconstruction (B,), summed over an image's elements."""
         decoder = self.need_decoder("the loss")
         x = self.batch(index)
         features = self._head(x)
-        with self._autocast():
+        with self.autocast():
             output = decoder(features)
         return self._to_latents(features), (output.float() - x).square().flatten(1).sum(1)
 
@@ -105,13 +111,18 @@ class Learner:
 
     def _clean(self, index: Tensor) -> Tensor:
         """What the encoder's head sees of samples as they are."""
-        return self._normalised(index) if self._frozen is None else self._frozen[index]
+        return self._normalised(index) if self._inputs is None else self._inputs[index]
+
+    @torch.no_grad()
+    def _stem(self, frozen: Tensor) -> Tensor:
+        return self.model.encoder.stem(frozen)
 
     def _head(self, x: Tensor) -> Tensor:
-        with self._autocast():
+        with self.autocast():
             return self.model.encoder.head(x).float()
 
-    def _autocast(self) -> contextlib.AbstractContextManager[object]:
+    def autocast(self) -> contextlib.AbstractContextManager[object]:
+        """The precision of training batches."""
         if self.options.precision == "fp32":
             return contextlib.nullcontext()
         return torch.autocast(self.device.type, torch.bfloat16)

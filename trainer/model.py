@@ -63,10 +63,12 @@ class ClusterModel(nn.Module):
 
     @torch.no_grad()
     def embed_frozen(self, features: Tensor) -> Tensor:
-        """Embeddings (N, D) from the outputs (N, ...) of the encoder's frozen part, in eval mode."""
+        """Embeddings (N, D) from the outputs (N, F) of the encoder's frozen part, in eval mode."""
         was_training = self.training
         self.eval()
-        z = torch.cat([self.projection(self.encoder.head(part)) for part in features.split(PREDICT_BATCH)])
+        z = torch.cat(
+            [self.projection(self.encoder.head(self.encoder.stem(part))) for part in features.split(PREDICT_BATCH)]
+        )
         self.train(was_training)
         return z
 

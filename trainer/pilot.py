@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections import Counter
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -60,6 +61,7 @@ class Pilot:
     advice: list[str]
     settings: TrainSettings
     out: Path
+    minutes: float
 
     @property
     def recommended(self) -> Path:
@@ -72,6 +74,7 @@ class Pilot:
             "schema": SCHEMA,
             "scan": asdict(self.found),
             "used": self.used,
+            "minutes": self.minutes,
             "n_clusters": self.n_clusters,
             "select_k": self.selection.plain() if self.selection else None,
             "sweep": self.comparison.plain() if self.comparison else None,
@@ -81,7 +84,7 @@ class Pilot:
 
     def text(self) -> str:
         """For people."""
-        parts = [self.found.text(), f"used        {self.used} images"]
+        parts = [self.found.text(), f"used        {self.used} images, {self.minutes:.1f} minutes"]
         parts += [part.text() for part in (self.selection, self.comparison) if part is not None]
         parts += [f"advice      {sentence}" for sentence in self.advice]
         return "\n".join([*parts, f"next        dkm-train fit {self.recommended}"])
@@ -98,6 +101,7 @@ def pilot(data: str, options: PilotOptions) -> Pilot:
             f"--max-images is {options.max_images} and --k {options.k}, expected at least {PER_CLUSTER} images and 1 cluster"
         )
     out = options.out or Path("runs") / f"{Path(data).resolve().stem}-pilot"
+    started_s = time.monotonic()
     options.progress.say(f"scanning {data}")
     found = scan(data, options.progress.read)
     used = min(found.images, options.max_images)
@@ -112,9 +116,9 @@ def pilot(data: str, options: PilotOptions) -> Pilot:
         comparison = sweep([settings], SweepOptions(methods, out=out / "sweep", progress=options.progress))
     best = comparison.settings[comparison.best.name] if comparison else changed(base, {"method.n_clusters": 1}, "pilot")
     settings = _for_everything(best, found)
-    result = Pilot(
-        found, used, n_clusters, selection, comparison, _advice(found, selection, comparison, settings), settings, out
-    )
+    advice = _advice(found, selection, comparison, settings)
+    minutes = round((time.monotonic() - started_s) / 60, 2)
+    result = Pilot(found, used, n_clusters, selection, comparison, advice, settings, out, minutes)
     _write(result)
     return result
 
@@ -180,7 +184,7 @@ def _advice(found: Scan, selection: KSelection | None, comparison: Sweep | None,
         gain = (
             "the control is enough: no method tried beats it"
             if comparison.best.beats_control is None
-            else f"start from {comparison.best.name}"
+            else f"start from {comparison.best.name} (over the control: {comparison.gain(comparison.best)})"
         )
         advice.append(f"{gain}; labels were not used")
     k = settings.method.n_clusters

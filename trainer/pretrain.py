@@ -96,9 +96,10 @@ class _LayerLoss:
             clean = self.learner.batch(index).flatten(1)
             for layer in self.encoder.layers[: self.n]:
                 clean = torch.relu(layer(clean))
-        hidden = self.layer(clean if self.is_first else nn.functional.dropout(clean, self.noise))
-        if not self.is_last:
-            hidden = nn.functional.dropout(torch.relu(hidden), self.noise)
-        output = self.mirror(hidden)
+        with self.learner.autocast():
+            hidden = self.layer(clean if self.is_first else nn.functional.dropout(clean, self.noise))
+            if not self.is_last:
+                hidden = nn.functional.dropout(torch.relu(hidden), self.noise)
+            output = self.mirror(hidden).float()
         # The raw input may be negative, every other layer's input went through a ReLU.
         return nn.functional.mse_loss(output if self.is_first else torch.relu(output), clean)

@@ -1,4 +1,4 @@
-"""One stage of training: what is minimised, over which parameters, for how long. The loop in fit.py runs a list of them.
+"""One stage of training: what is minimised, over which parameters, for how long. The loop in loop.py runs a list of them.
 
 Pre-training, annealing and clustering are stages, not loops of their own.
 """

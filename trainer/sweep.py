@@ -81,6 +81,11 @@ class Sweep:
     settings: dict[str, TrainSettings]
     out: Path
 
+    def gain(self, row: SweepRow) -> str:
+        """What a row gains over the control, criterion by criterion, in words."""
+        gains = [(key, _or_lowest(getattr(row, key)) - _or_lowest(getattr(self.rows[0], key))) for key in CRITERIA]
+        return ", ".join(f"{IN_WORDS[key]} {gain:+.3f}" for key, gain in gains)
+
     @property
     def best(self) -> SweepRow:
         """The first of the rows that beat the control, else the control."""
@@ -95,15 +100,13 @@ class Sweep:
         """For people."""
         width = max(len(row.name) for row in self.rows)
         has_labels = any(row.acc is not None for row in self.rows)
-        head = f"{'':{width}}   rank  seeds  silhouette  agreement"
+        head = f"{'':{width}}   rank  seeds  silhouette  agreement  minutes"
         lines = [head + ("  | ACC   NMI   (labels, not used for ranking)" if has_labels else "")]
         for row in self.rows:
             if row.failed is not None:
                 lines.append(f"{row.name:{width}}   failed: {row.failed}")
                 continue
-            cells = (
-                f"  {row.mean_rank:5.2f}  {row.seed_ari:5.2f}  {row.silhouette or 0:10.3f}  {row.agreement or 0:9.2f}"
-            )
+            cells = f"  {row.mean_rank:5.2f}  {row.seed_ari:5.2f}  {row.silhouette or 0:10.3f}  {row.agreement or 0:9.2f}  {row.minutes or 0:7.1f}"
             lines.append(
                 f"{row.name:{width}} {cells}" + (f"  | {row.acc:.3f} {row.nmi:.3f}" if row.acc is not None else "")
             )

@@ -129,17 +129,6 @@ class Measured:
     ids: list[Index] = field(default_factory=list)
 
 
-class CachedFeatures(Learner):
-    """A learner whose features are there already."""
-
-    def __init__(self, features: Tensor, like: Learner) -> None:
-        super().__init__(like.model, torch.zeros(len(features), 1, 1, 1, dtype=torch.uint8), like.options)
-        self.cached = features
-
-    def all_features(self) -> Tensor:
-        return self.cached
-
-
 class Features:
     """Features (N, F) of all images of a set, kept per encoder and image size."""
 
@@ -182,9 +171,8 @@ def answers(settings: TrainSettings, features: Tensor, halves_: tuple[Index, Ind
     """Cluster ids of the unseen half and the method's own figures."""
     seen, unseen = (torch.from_numpy(half) for half in halves_)
     model = build_model(settings, (settings.preprocess.height_px, settings.preprocess.width_px), len(seen)).eval()
-    learner = CachedFeatures(
-        features[seen], Learner(model, torch.zeros(1, 1, 1, 1), LearnerOptions(settings.train.seed))
-    )
+    no_pixels = torch.zeros(len(seen), 1, 1, 1, dtype=torch.uint8)
+    learner = Learner(model, no_pixels, LearnerOptions(settings.train.seed), frozen=features[seen])
     model.projection.fit(learner.all_features(), model.n_clusters, learner.seed)
     method = METHODS[settings.method.name](settings.method, learner, settings.train.batch_size)
     method.init_centroids()

@@ -98,6 +98,29 @@ def test_an_autoencoder_of_other_images_or_another_encoder_is_refused(blobs: Pat
         fitted(blobs, tmp_path / "z", pretrain=taken, preprocess={"normalise": "unit"})
 
 
+def test_another_runs_autoencoder_never_goes_into_the_cache(blobs: Path, tmp_path: Path) -> None:
+    cache = {"cache": str(tmp_path / "cache")}
+    fitted(blobs, tmp_path / "src", train={"seed": 7})
+    taken = fitted(blobs, tmp_path / "taken", pretrain={**cache, "from": str(tmp_path / "src")})
+    own = fitted(blobs, tmp_path / "own", pretrain=cache)
+    assert [stages(run).count("reconstruct") for run in (taken, own)] == [0, 3]
+    assert (tmp_path / "taken" / NAME).read_bytes() == (tmp_path / "src" / NAME).read_bytes()  # its header too
+
+
+def test_an_autoencoder_that_saw_calibration_parts_is_refused_where_novelty_is_promised(
+    blobs: Path, tmp_path: Path
+) -> None:
+    promise = "novelty: {target_frr: 0.1}"
+    text = TEXT.format(path=blobs).replace("novelty: none", promise)
+    first = load_text(TrainSettings, text, "first.yaml")
+    fit(first, FitOptions(out=tmp_path / "first"))
+    taken = text.replace("{epochs: 3}", f"{{epochs: 3, from: {tmp_path / 'first'}}}")
+    fit(load_text(TrainSettings, taken, "same.yaml"), FitOptions(out=tmp_path / "same"))
+    other = load_text(TrainSettings, taken.replace("device: cpu", "device: cpu, seed: 1"), "other.yaml")
+    with pytest.raises(DataError, match="would void its promise"):
+        fit(other, FitOptions(out=tmp_path / "other"))
+
+
 def test_what_is_not_there_or_damaged_is_named(blobs: Path, tmp_path: Path) -> None:
     with pytest.raises(ArtifactError, match=r"none/autoencoder\.safetensors does not exist"):
         fitted(blobs, tmp_path / "x", pretrain={"from": str(tmp_path / "none")})

@@ -11,8 +11,8 @@ MU = torch.eye(3)
 LABELS = torch.arange(3).repeat(10)
 
 
-def watched(steps_per_epoch: int = 10) -> Convergence:
-    convergence = Convergence(30, 3, tol=0.05, steps_per_epoch=steps_per_epoch)
+def watched(interval_steps: int = 10) -> Convergence:
+    convergence = Convergence(30, 3, tol=0.05, interval_steps=interval_steps)
     convergence.begin(Z)
     return convergence
 

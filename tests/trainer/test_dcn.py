@@ -45,6 +45,15 @@ def test_centroids_get_no_gradient_and_follow_the_batch() -> None:
     assert moved.any() and not moved.all()
 
 
+def test_a_cluster_that_lost_its_last_sample_is_found_again_before_kmeans_is_due() -> None:
+    learner = blob_learner()
+    method = DCN(DCNSettings(n_clusters=KINDS, kmeans_every_epochs=50), learner, 16)
+    method.begin()
+    with torch.no_grad():
+        learner.model.centroids[1] = 1e3
+    assert method.after_epoch(0).figures["smallest"] > 0
+
+
 def test_kmeans_replaces_the_running_means_when_it_is_due() -> None:
     learner = blob_learner()
     method = DCN(DCNSettings(n_clusters=KINDS, kmeans_every_epochs=2), learner, 16)

@@ -73,11 +73,30 @@ def test_uniform_centroids_lie_in_the_unit_cube_and_depend_on_the_seed() -> None
     assert not torch.equal(mu, learner.model.centroids)
 
 
-def test_a_centroid_that_lost_its_cluster_moves_to_the_farthest_sample() -> None:
+def test_centroids_that_lost_their_samples_or_met_another_move_to_different_far_samples_before_the_guards_look() -> (
+    None
+):
     learner = blob_learner()
     method = DKM(DKMSettings(n_clusters=KINDS, epochs_per_alpha=1), learner, 25)
     method.begin()
+    mu = learner.model.centroids
+    for epoch, lost in enumerate(
+        (0, 1, 2, 3)
+    ):  # another one in each round: the guard of empty clusters must not add them up
+        with torch.no_grad():
+            mu[lost] = 1e3
+            mu[4] = mu[(lost + 1) % 4]
+        assert method.after_epoch(epoch).figures["moved"] == 2.0
+        assert float(mu.detach().abs().max()) < 100 and float(torch.pdist(mu.detach()).min()) > 1e-2
+
+
+def test_a_healthy_round_and_the_last_one_move_nothing() -> None:
+    learner = blob_learner()
+    method = DKM(DKMSettings(n_clusters=KINDS, epochs_per_alpha=1, rounds=2), learner, 25)
+    method.begin()
+    assert method.after_epoch(0).figures["moved"] == 0.0
     with torch.no_grad():
-        learner.model.centroids[2] = 1e3
-    report = method.after_epoch(0)
-    assert report.figures["lost"] == 1.0 and float(learner.model.centroids[2].detach().abs().max()) < 100
+        learner.model.centroids[2] += 50
+    before = learner.model.centroids.detach().clone()
+    method.after_epoch(1)
+    assert torch.equal(learner.model.centroids, before)

@@ -39,17 +39,23 @@ def test_features_have_the_announced_size_and_the_decoder_restores_the_shape(
     assert features.shape == (2, encoder.out_dim)
     decoder = encoder.build_decoder()
     if decoder is not None:
-        assert decoder.eval()(features).shape == encoder.stem(x).shape
+        assert decoder.eval()(features).shape == encoder.stem(encoder.frozen(x)).shape
     assert (decoder is None) == (name == "pretrained")
 
 
 def test_the_input_of_feature_mlp_is_scaled_to_a_mean_square_of_one_and_frozen() -> None:
     encoder = build("feature_mlp", (3, 48, 48)).eval()
-    batches = [torch.randn(45, 3, 48, 48, generator=torch.Generator().manual_seed(n)) for n in range(2)]
-    encoder.fit_stem(batches)
-    x = torch.cat([encoder.stem(batch) for batch in batches])
+    features = encoder.frozen(torch.randn(90, 3, 48, 48, generator=torch.Generator().manual_seed(0)))
+    encoder.fit_stem(features)
+    x = encoder.stem(features)
     assert x.shape == (90, 64, 1, 1) and float(x.square().mean()) == pytest.approx(1.0, rel=1e-4)
     assert not x.requires_grad and encoder.head(x).requires_grad
+
+
+def test_the_backbone_of_feature_mlp_never_goes_into_training_mode() -> None:
+    encoder = build("feature_mlp", (3, 48, 48)).train()
+    assert encoder.training and encoder.layers.training  # type: ignore[union-attr]
+    assert not any(module.training for module in encoder.backbone.modules())  # type: ignore[union-attr]
 
 
 def test_feature_mlp_says_what_it_cannot_do() -> None:
@@ -58,7 +64,7 @@ def test_feature_mlp_says_what_it_cannot_do() -> None:
         ENCODERS["feature_mlp"](FeatureMLPSettings(backbone=backbone), (3, 48, 48))
     encoder = build("feature_mlp", (3, 48, 48))
     with pytest.raises(DataError, match=r"encoder\.input\.dim is 64, but there are 5 training images"):
-        encoder.fit_stem([torch.randn(5, 3, 48, 48)])
+        encoder.fit_stem(encoder.frozen(torch.randn(5, 3, 48, 48)))
 
 
 def test_the_mlp_is_the_papers_shape() -> None:

@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from configs import load_text
 from trainer import FitOptions, Run, fit
@@ -26,8 +27,6 @@ train: {{batch_size: 16, device: cpu, seed: {seed}}}
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Random weights with torchvision's names."""
-    from safetensors.torch import save_file
-
     torch.manual_seed(0)
     path = tmp_path_factory.mktemp("weights") / "squeezenet.safetensors"
     save_file(SqueezeNet(3, ("fire9",)).state_dict(), path)
@@ -56,6 +55,20 @@ def test_the_cache_gives_the_same_run_and_is_looked_up_by_what_decides_the_featu
     )
     fitted(image_folder, weights, tmp_path / "d", layers="[fire2]")
     assert len(list(cache.iterdir())) == 2
+
+
+def test_other_weights_under_the_same_name_are_other_features(
+    image_folder: Path, weights: Path, tmp_path: Path
+) -> None:
+    import shutil
+
+    own = Path(shutil.copy(weights, tmp_path / "own.safetensors"))
+    first = fitted(image_folder, own, tmp_path / "a")
+    torch.manual_seed(1)
+    save_file(SqueezeNet(3, ("fire9",)).state_dict(), own)
+    second = fitted(image_folder, own, tmp_path / "b")
+    assert len(list((tmp_path / "cache").iterdir())) == 2
+    assert not torch.equal(first.model.centroids, second.model.centroids)
 
 
 def test_a_damaged_file_is_computed_again(image_folder: Path, weights: Path, tmp_path: Path) -> None:

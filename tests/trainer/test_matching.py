@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import torch
 
-from trainer.clustering.matching import match, match_labels
+from trainer.clustering.matching import label_names, match
 
 
 def test_shuffled_centroids_are_put_back_in_order() -> None:
@@ -25,10 +25,10 @@ def test_a_single_centroid_matches_itself() -> None:
 
 def test_labels_are_renamed_by_hand() -> None:
     reference, labels = torch.tensor([0, 0, 0, 1, 1, 2]), torch.tensor([2, 2, 1, 0, 0, 1])
-    assert match_labels(reference, labels, 3).tolist() == [0, 0, 2, 1, 1, 2]
+    assert label_names(reference, labels, 3)[labels].tolist() == [0, 0, 2, 1, 1, 2]
 
 
 def test_renaming_never_changes_who_is_together() -> None:
     labels = torch.randint(4, (50,), generator=torch.Generator().manual_seed(0))
-    renamed = match_labels(torch.randint(4, (50,), generator=torch.Generator().manual_seed(1)), labels, 4)
+    renamed = label_names(torch.randint(4, (50,), generator=torch.Generator().manual_seed(1)), labels, 4)[labels]
     assert torch.equal(labels[:, None] == labels, renamed[:, None] == renamed)

@@ -12,7 +12,9 @@ from configs import load_text
 from edge_dkm import Inspector
 from exporters.export import export_run
 from tests.conftest import TINY
+from tests.trainer.test_fitting import StopAfter
 from trainer import FitOptions, Run, fit, load_run
+from trainer.loop import InterruptedTraining
 from trainer.methods import METHODS
 from trainer.settings import TrainSettings
 
@@ -30,14 +32,11 @@ def images_of(folder: Path) -> list[np.ndarray]:
     return [image for path in sorted(folder.rglob("*.png")) if (image := cv2.imread(str(path))) is not None]
 
 
-def fitted(name: str, image_folder: Path, out: Path, device: str = "cpu") -> Run:
+def fitted(name: str, image_folder: Path, out: Path) -> Run:
     text = TINY.format(path=image_folder).replace(
         "{name: ae_kmeans, n_clusters: 3, n_init: 3}", EXTRA.get(name, f"{{name: {name}, n_clusters: 3}}")
     )
-    return fit(
-        load_text(TrainSettings, text, f"{name}.yaml", None),
-        FitOptions(out=out, overrides=()) if device == "cpu" else FitOptions(out=out),
-    )
+    return fit(load_text(TrainSettings, text, f"{name}.yaml", None), FitOptions(out=out))
 
 
 @pytest.mark.parametrize("name", list(METHODS))
@@ -70,6 +69,19 @@ def _pixels(run: Run, images: list[np.ndarray]):  # type: ignore[no-untyped-def]
 def test_the_same_seed_gives_equal_arrays(name: str, image_folder: Path, tmp_path: Path) -> None:
     first, second = (fitted(name, image_folder, tmp_path / side) for side in "ab")
     for a, b in zip(first.model.state_dict().values(), second.model.state_dict().values(), strict=True):
+        assert np.array_equal(a.numpy(), b.numpy())
+
+
+@pytest.mark.parametrize("name", [name for name in METHODS if name not in {"ae_kmeans", "smoothed_kmeans"}])
+def test_a_run_that_was_interrupted_in_its_method_ends_as_an_uninterrupted_one(
+    name: str, image_folder: Path, tmp_path: Path
+) -> None:
+    whole = fitted(name, image_folder, tmp_path / "whole")
+    settings = whole.settings
+    with pytest.raises(InterruptedTraining, match=f"stage {name}"):
+        fit(settings, FitOptions(out=tmp_path / "cut", progress=StopAfter(name, 0)))
+    resumed = fit(settings, FitOptions(out=tmp_path / "cut", resume=True))
+    for a, b in zip(whole.model.state_dict().values(), resumed.model.state_dict().values(), strict=True):
         assert np.array_equal(a.numpy(), b.numpy())
 
 

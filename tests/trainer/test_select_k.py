@@ -126,6 +126,14 @@ def test_more_clusters_than_the_images_carry_are_refused() -> None:
         list(measure(blobs(2, 4, 60), [2, 30]))
 
 
+def test_a_group_that_is_most_of_the_set_is_named_and_not_the_method() -> None:
+    one_lot = replace(
+        blobs(2, 4, 300), groups=np.maximum(np.arange(300) - 279, 0)
+    )  # 280 images of one lot, 20 single ones
+    with pytest.raises(DataError, match=r"--k goes up to 12, but groups are so uneven .* data\.groups"):
+        list(measure(one_lot, [2, 12]))
+
+
 def test_the_command_leaves_curves_a_page_and_runs_and_reuses_them(
     tiny_settings_text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

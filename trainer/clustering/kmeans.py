@@ -107,7 +107,7 @@ def plus_plus(z: Tensor, n_clusters: int, generator: torch.Generator) -> Tensor:
     chosen = [int(torch.randint(n, (1,), generator=generator))]
     best = (z - z[chosen[0]]).square().sum(1)
     for _ in range(n_clusters - 1):
-        cumulative = best.double().cumsum(0).cpu()
+        cumulative = best.double().cpu().cumsum(0)
         picks = torch.searchsorted(
             cumulative, torch.rand(candidates, generator=generator, dtype=torch.float64) * cumulative[-1]
         ).clamp(max=n - 1)

@@ -18,13 +18,8 @@ def match(previous: Tensor, found: Tensor) -> Tensor:
     return torch.from_numpy(linear_sum_assignment(d2.detach().cpu().numpy())[1]).to(previous.device)
 
 
-def match_labels(reference: Tensor, labels: Tensor, n_clusters: int) -> Tensor:
-    """`labels` (N,) renamed so that as many as possible agree with `reference` (N,); both in 0 .. n_clusters - 1."""
-    return label_names(reference, labels, n_clusters)[labels]
-
-
 def label_names(reference: Tensor, labels: Tensor, n_clusters: int) -> Tensor:
-    """The new name (K,) of each of `labels` (N,), so that as many as possible agree with `reference` (N,)."""
+    """The new name (K,) of each of `labels` (N,), so that as many as possible agree with `reference` (N,); all in 0 .. K - 1."""
     counts = torch.bincount(reference * n_clusters + labels, minlength=n_clusters**2).reshape(n_clusters, n_clusters)
     rows, columns = linear_sum_assignment(-counts.cpu().numpy())
     names = torch.empty(n_clusters, dtype=torch.int64)

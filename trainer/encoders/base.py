@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import ClassVar
 
 from torch import Tensor, nn
@@ -19,25 +18,30 @@ class EncoderSettings(Settings):
 
 
 class Encoder(nn.Module):
-    """x (B, C, H, W), normalised -> stem, which never trains -> head -> features (B, F).
+    """x (B, C, H, W), normalised -> frozen -> stem -> head -> features (B, F).
 
-    Most encoders are all head. Subclasses hold their frozen `Settings`, whose `name` is the key in YAML.
+    `frozen` never changes, `stem` is fitted once to what it gives, `head` trains. Most encoders are all head.
+    Subclasses hold their frozen `Settings`, whose `name` is the key in YAML.
     """
 
     Settings: ClassVar[type[EncoderSettings]]
     out_dim: int
     is_trainable: bool = True
-    has_stem: bool = False
+    has_frozen: bool = False
 
     def __init__(self, settings: EncoderSettings, shape: Shape) -> None:
         super().__init__()
         self.settings, self.shape = settings, shape
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.head(self.stem(x))
+        return self.head(self.stem(self.frozen(x)))
+
+    def frozen(self, x: Tensor) -> Tensor:
+        """The part that never changes, whose outputs are computed once per image."""
+        return x
 
     def stem(self, x: Tensor) -> Tensor:
-        """The frozen part, whose outputs a learner computes once."""
+        """The part that is fitted once, before training."""
         return x
 
     def head(self, x: Tensor) -> Tensor:
@@ -47,8 +51,8 @@ class Encoder(nn.Module):
     def load_pretrained(self) -> None:
         """Loads the weights that the settings name; `fit` calls it once, a saved run brings its own."""
 
-    def fit_stem(self, batches: Iterable[Tensor]) -> None:
-        """Sets what the stem takes from the training images x (B, C, H, W), once, before training."""
+    def fit_stem(self, features: Tensor) -> None:
+        """Fits the stem to what the frozen part gave (N, F) for the training images."""
 
     def build_decoder(self) -> nn.Module | None:
         """A decoder features (B, F) -> what the head sees, to pre-train with; None where there is none."""

@@ -7,7 +7,6 @@ first (signed square root, PCA with a whitening exponent, L2), which sets their 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import Literal
 
 import torch
@@ -35,7 +34,7 @@ class FeatureMLPEncoder(MLPEncoder):
     """x (B, C, H, W) -> frozen features, projected, of unit mean square (B, D, 1, 1) -> MLP -> features (B, dim)."""
 
     Settings = FeatureMLPSettings  # type: ignore[assignment]
-    has_stem = True
+    has_frozen = True
     gain: Tensor
 
     def __init__(self, settings: FeatureMLPSettings, shape: Shape) -> None:
@@ -51,15 +50,22 @@ class FeatureMLPEncoder(MLPEncoder):
         self.backbone, self.input = backbone, projection
         self.register_buffer("gain", torch.ones(()))
 
+    def frozen(self, x: Tensor) -> Tensor:
+        return self.backbone(x)
+
     def stem(self, x: Tensor) -> Tensor:
-        return (self.input.to_cluster_space(self.input(self.backbone(x))) * self.gain)[:, :, None, None]
+        return (self.input.to_cluster_space(self.input(x)) * self.gain)[:, :, None, None]
+
+    def train(self, mode: bool = True) -> FeatureMLPEncoder:
+        super().train(mode)
+        self.backbone.eval()  # its batch statistics are part of the pretrained weights
+        return self
 
     def load_pretrained(self) -> None:
         self.backbone.load_pretrained()
 
     @torch.no_grad()
-    def fit_stem(self, batches: Iterable[Tensor]) -> None:
-        features = torch.cat([self.backbone(batch) for batch in batches])
+    def fit_stem(self, features: Tensor) -> None:
         if self.input.settings.kind == "pca" and len(features) <= self.input.out_dim:
             raise DataError(
                 f"encoder.input.dim is {self.input.out_dim}, but there are {len(features)} training images, expected more of them"

@@ -158,13 +158,13 @@ class PretrainedEncoder(Encoder):
             self.trunk = SqueezeNet(shape[0], settings.layers)
         self.out_dim = sum(self.trunk.widths) * (2 if settings.pool == "mean_std" else 1)
         self.is_trainable = settings.trainable
-        self.has_stem = not settings.trainable
+        self.has_frozen = not settings.trainable
         self.requires_grad_(settings.trainable)
 
     def load_pretrained(self) -> None:
         self.trunk.load(self.settings.weights)
 
-    def stem(self, x: Tensor) -> Tensor:
+    def frozen(self, x: Tensor) -> Tensor:
         return x if self.is_trainable else self._pooled(x)
 
     def head(self, x: Tensor) -> Tensor:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file
@@ -46,6 +49,18 @@ def load_weights(
                 f"encoder.weights is {path}, whose '{key}' has the shape {tuple(value.shape)}, expected {tuple(expected[key].shape)}"
             )
     module.load_state_dict(tensors, strict=False)
+
+
+def with_digests(encoder: Mapping[str, Any]) -> dict[str, Any]:
+    """An encoder's plain settings with the sha256 of each weights file in place of its path: what decides features is what it holds."""
+    return {
+        key: with_digests(value)
+        if isinstance(value, Mapping)
+        else hashlib.sha256(Path(value).read_bytes()).hexdigest()
+        if key == "weights" and value and Path(value).is_file()
+        else value
+        for key, value in encoder.items()
+    }
 
 
 def read_weights(path: str) -> dict[str, Tensor]:

@@ -16,9 +16,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from trainer.clustering.kmeans import KMeansOptions, KMeansResult, kmeans
-from trainer.clustering.matching import match
-from trainer.clustering.mini_batch import mini_batch_kmeans
+from trainer.clustering.recluster import Algorithm, recluster
 from trainer.convergence import Convergence
 from trainer.distance import nearest, squared_distances
 from trainer.learner import Learner
@@ -36,10 +34,10 @@ class CenteringSettings(LearnedSettings):
     ct_weight: float = Field(1.0, gt=0)
     assignment: Literal["soft", "hard"] = "soft"
     init: Literal["kmeans", "random"] = "kmeans"
-    algorithm: Literal["kmeans", "mini_batch"] = "kmeans"
+    algorithm: Algorithm = "kmeans"
     restarts: int = Field(10, ge=0)
     tol: float = Field(0.001, ge=0, lt=1)
-    optimizer: OptimizerSettings = OptimizerSettings(kind="adam", lr=1e-3)
+    optimizer: OptimizerSettings = OptimizerSettings(kind="adam", lr=1e-4)
 
 
 class Centering(Method):
@@ -91,23 +89,11 @@ class Centering(Method):
     @torch.no_grad()
     def after_epoch(self, epoch: int) -> EpochReport:
         z, mu = self.learner.all_latents(), self.learner.model.centroids
-        found = self._cluster(z, mu.detach(), epoch)
-        mu.copy_(found[match(mu.detach(), found)])
+        self.convergence.check(z)
+        options = self.settings
+        mu.copy_(recluster(z, mu, self.learner.seed + epoch + 1, options.restarts, options.algorithm))
         self.convergence.look(nearest(z, mu)[0], z, mu, (epoch + 1) * self.steps_per_epoch)
         return EpochReport(self.convergence.figures, stop=self.convergence.is_reached)
-
-    def _cluster(self, z: Tensor, mu: Tensor, epoch: int) -> Tensor:
-        """Centroids (K, D) of the warm run or of the best new one, whichever lies closer to z."""
-        k, seed = self.settings.n_clusters, self.learner.seed + epoch + 1
-        results: list[KMeansResult]
-        if self.settings.algorithm == "mini_batch":
-            results = [mini_batch_kmeans(z, k, seed, init=mu)]
-            results += [mini_batch_kmeans(z, k, seed)] if self.settings.restarts else []
-        else:
-            results = [kmeans(z, k, seed, init=mu)]
-            if self.settings.restarts:
-                results.append(kmeans(z, k, seed, KMeansOptions(n_init=self.settings.restarts)))
-        return min(results, key=lambda result: result.inertia).centroids
 
     def state(self) -> dict[str, Tensor]:
         return self.convergence.state()

@@ -5,7 +5,9 @@ Source: Yang, Fu, Sidiropoulos, Hong, "Towards K-means-friendly Spaces", ICML 20
     after each step, per sample: s = nearest mu;  c_s += 1;  mu_s -= (mu_s - f(x)) / c_s
 As in the authors' code the counts c start at 100, and every 10 epochs a full k-means, started from the centroids, replaces
 centroids, assignments and counts. Differs from the paper: the centroid update is of a batch at once, with its labels fixed (the
-same result as one by one); Adam instead of SGD.
+same result as one by one); all labels are found anew after every epoch, and k-means comes early where a cluster lost its last member;
+it stops when assignments rest; Adam instead of SGD; encoder and decoder do not share weights; inputs in the scale of
+`preprocess.normalise` (authors: 0 to 5.1), which moves the balance that lambda sets.
 """
 
 from __future__ import annotations
@@ -85,7 +87,7 @@ class DCN(Method):
     @torch.no_grad()
     def after_step(self, index: Tensor) -> None:
         """New labels of the batch, then its running means."""
-        z, mu = self.learner.latents(index), self.learner.model.centroids
+        z, mu = self.learner.clean_latents(index), self.learner.model.centroids
         labels = nearest(z, mu)[0]
         self.labels[index] = labels
         moved, self.counts = updated(mu.detach().double(), self.counts, z, labels)
@@ -94,7 +96,11 @@ class DCN(Method):
     @torch.no_grad()
     def after_epoch(self, epoch: int) -> EpochReport:
         z, mu = self.learner.all_latents(), self.learner.model.centroids
-        if (epoch + 1) % self.settings.kmeans_every_epochs == 0:
+        self.convergence.check(z)
+        is_due = (epoch + 1) % self.settings.kmeans_every_epochs == 0
+        if is_due or len(torch.unique(nearest(z, mu)[0])) < len(
+            mu
+        ):  # a cluster that lost its last member is found again
             result = kmeans(z, self.settings.n_clusters, self.learner.seed, init=mu.detach())
             mu.copy_(result.centroids)
             self.counts.fill_(float(self.settings.initial_count))

@@ -5,7 +5,7 @@ Source: Guo, Lin, Ye, "Deep Embedded K-Means Clustering", 2021, arXiv 2109.15149
     L = |y(x) - y*|^2 / D,   y* = the last refresh's y with its LAST coordinate (largest e) replaced by the centroid's
 Every `refresh_steps`: full pass, k-means, S_w, V. Differs from the authors' code: k-means starts from the last centroids beside
 `restarts` new seeds (the code runs 100 restarts at first, then twice the last number of iterations); samples are shuffled every
-epoch; assignments must rest (churn below `tol`) twice in a row; a last k-means sets the centroids.
+epoch; assignments must rest (churn below `tol` from refresh to refresh) twice in a row; a last k-means sets the centroids.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from trainer.clustering.kmeans import KMeansOptions, kmeans
-from trainer.clustering.matching import match
+from trainer.clustering.recluster import recluster
 from trainer.convergence import Convergence
 from trainer.distance import nearest
+from trainer.errors import DataError
 from trainer.learner import Learner
 from trainer.methods.base import LearnedSettings, Method
 from trainer.stage import EpochReport, OptimizerSettings, Stage
@@ -45,6 +45,11 @@ class DEKM(Method):
 
     def __init__(self, settings: DEKMSettings, learner: Learner, batch_size: int) -> None:
         super().__init__(settings, learner, batch_size)
+        if not self.encoder_parameters():
+            raise DataError(
+                f"method.name is dekm, which moves the embeddings, but encoder {learner.model.encoder.settings.name} is frozen; "
+                f"expected a trainable encoder, or projection.learn: true with projection.kind pca or within"
+            )
         self.convergence = Convergence(len(learner), settings.n_clusters, settings.tol, settings.refresh_steps)
         dim = learner.model.projection.out_dim
         self.rotation = torch.eye(dim, device=learner.device)
@@ -77,25 +82,20 @@ class DEKM(Method):
         if step % self.settings.refresh_steps:
             return
         z, mu = self.learner.all_latents(), self.learner.model.centroids
-        self._cluster(z, step, self.settings.restarts)
+        self.convergence.check(z)
+        mu.copy_(recluster(z, mu, self.learner.seed + step, self.settings.restarts))
         labels = nearest(z, mu)[0]
         self.convergence.look(labels, z, mu, step)
         self.rotation = within_class_rotation(z, mu.detach(), labels)
         self.target = z @ self.rotation
         self.target[:, -1] = (mu @ self.rotation)[labels, -1]
 
-    def _cluster(self, z: Tensor, step: int, restarts: int) -> None:
-        k, mu = self.settings.n_clusters, self.learner.model.centroids
-        results = [kmeans(z, k, self.learner.seed, init=mu.detach())]
-        if restarts:
-            results.append(kmeans(z, k, self.learner.seed + step, KMeansOptions(n_init=restarts)))
-        found = min(results, key=lambda result: result.inertia).centroids
-        mu.copy_(found[match(mu.detach(), found)])
-
     @torch.no_grad()
     def end(self) -> None:
         """The centroids of the embeddings as they ended."""
-        self._cluster(self.learner.all_latents(), 0, 0)
+        z, mu = self.learner.all_latents(), self.learner.model.centroids
+        self.convergence.check(z)
+        mu.copy_(recluster(z, mu, self.learner.seed, restarts=0))
 
     def state(self) -> dict[str, Tensor]:
         return {"rotation": self.rotation, "target": self.target, **self.convergence.state()}
@@ -108,4 +108,5 @@ class DEKM(Method):
 def within_class_rotation(z: Tensor, mu: Tensor, labels: Tensor) -> Tensor:
     """V (D, D): orthonormal eigenvectors of the within-class scatter of z (N, D), the largest eigenvalue last."""
     residual = (z - mu[labels]).double()
-    return torch.linalg.eigh(residual.T @ residual).eigenvectors.to(z.dtype)
+    # Contiguous, as a checkpoint gives it back: a matrix product's last digit depends on the layout.
+    return torch.linalg.eigh(residual.T @ residual).eigenvectors.to(z.dtype).contiguous()

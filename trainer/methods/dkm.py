@@ -3,9 +3,11 @@
 Source: Moradi Fard, Thonet, Gaussier, "Deep k-Means: Jointly clustering with k-Means and learning representations", 2018, arXiv 1806.10069.
     G_ik = softmax_k(-alpha d_ik)        L = |x - g(f(x))|^2 + lambda sum_k d_ik G_ik        summed over elements, averaged over the batch
 The gradient flows through G. Two published modes: `alpha: 1000` on a pre-trained autoencoder with k-means centroids (100 epochs), and
-`alpha: annealed` with `init: uniform` and `pretrain.kind: none` (40 values of alpha, 5 epochs each). Differs from the authors'
-code: labels come from a clean full pass, epochs see every sample once, and a centroid that lost its cluster is moved to the
-sample farthest from its own, since at alpha 1000 nothing else would ever reach it.
+`alpha: annealed` with `init: uniform` and `pretrain.kind: none` (40 values of alpha, 5 epochs each). Differs from the authors' code:
+labels come from a clean full pass, epochs see every sample once, and a centroid that lost its samples, or met another one, is moved
+to the sample farthest from all, since at alpha 1000 nothing else would ever reach it. Adam's default rate is 1e-4 instead of 1e-3,
+which threw the clusters of a pre-trained autoencoder together in its first epochs (docs/accuracy.md); from scratch use 1e-3.
+PyTorch's initial weights instead of Glorot's. While alpha anneals the guards speak from its second half on.
 """
 
 from __future__ import annotations
@@ -19,11 +21,13 @@ from torch import Tensor
 
 from trainer.convergence import Convergence
 from trainer.distance import nearest, squared_distances
+from trainer.guards import MIN_CENTRE_SHARE
 from trainer.learner import Learner
 from trainer.methods.base import LearnedSettings, Method
 from trainer.stage import EpochReport, OptimizerSettings, Stage
 
 FIRST_ALPHA, ANNEALED_ALPHAS = 0.1, 40
+MIN_SHARE = 0.5  # samples, of the whole set: a centroid with less gets no gradient worth the name
 
 
 class DKMSettings(LearnedSettings):
@@ -40,7 +44,7 @@ class DKMSettings(LearnedSettings):
     epochs_per_alpha: int = Field(5, ge=1)
     clustering_weight: float = Field(1.0, gt=0)
     scale_alpha: bool = False
-    optimizer: OptimizerSettings = OptimizerSettings(kind="adam", lr=1e-3)
+    optimizer: OptimizerSettings = OptimizerSettings(kind="adam", lr=1e-4)
 
 
 class DKM(Method):
@@ -109,15 +113,29 @@ class DKM(Method):
 
     @torch.no_grad()
     def after_epoch(self, epoch: int) -> EpochReport:
-        """After each value of alpha: guards, and lost centroids."""
+        """After each value of alpha: lost centroids, then the guards; while alpha is small every sample belongs a little to all."""
         if (epoch + 1) % self.settings.epochs_per_alpha:
             return EpochReport({"alpha": self.alpha, **self.convergence.figures})
         z, mu = self.learner.all_latents(), self.learner.model.centroids
-        labels, d2 = nearest(z, mu)
-        self.convergence.look(labels, z, mu, (epoch + 1) * self.steps_per_epoch)
-        lost = torch.nonzero(torch.bincount(labels, minlength=len(mu)) == 0)[:, 0]
-        mu[lost] = z[d2.topk(len(lost)).indices]
-        return EpochReport({"alpha": self.alpha, "lost": float(len(lost)), **self.convergence.figures})
+        self.convergence.check(z)
+        is_last = epoch + 1 == len(self.alphas) * self.settings.epochs_per_alpha
+        moved = 0 if is_last else self._repair(z)  # after the last epoch nothing would train it
+        if self.settings.alpha != "annealed" or (epoch + 1) * 2 > len(self.alphas) * self.settings.epochs_per_alpha:
+            self.convergence.look(nearest(z, mu)[0], z, mu, (epoch + 1) * self.steps_per_epoch)
+        return EpochReport({"alpha": self.alpha, "moved": float(moved), **self.convergence.figures})
+
+    def _repair(self, z: Tensor) -> int:
+        """Moves centroids that no gradient reaches, or that lie on another one, to the samples farthest from all; returns how many."""
+        mu = self.learner.model.centroids
+        share = sum(soft_assignment(squared_distances(part, mu), self.alpha).sum(0) for part in z.split(8192))
+        gaps = torch.cdist(mu, mu).masked_fill(torch.ones(len(mu), len(mu), device=mu.device).triu().bool(), torch.inf)
+        median = torch.pdist(mu).median()
+        lost = torch.nonzero((share < MIN_SHARE) | (gaps.min(1).values < MIN_CENTRE_SHARE * median))[:, 0]
+        d2 = nearest(z, mu)[1]
+        for k in lost.tolist():
+            mu[k] = z[d2.argmax()]
+            d2 = d2.minimum((z - mu[k]).square().sum(1))
+        return len(lost)
 
     def state(self) -> dict[str, Tensor]:
         return {"unit": self.unit, **self.convergence.state()}
@@ -129,8 +147,12 @@ class DKM(Method):
 
 def soft_kmeans_loss(d2: Tensor, alpha: float) -> Tensor:
     """Mean over samples of sum_k d_ik G_ik for squared distances d2 (B, K); the shift by the row's minimum keeps exp finite."""
-    g = torch.softmax(-alpha * (d2 - d2.min(1, keepdim=True).values), dim=1)
-    return (g * d2).sum(1).mean()
+    return (soft_assignment(d2, alpha) * d2).sum(1).mean()
+
+
+def soft_assignment(d2: Tensor, alpha: float) -> Tensor:
+    """G (B, K) of squared distances d2 (B, K)."""
+    return torch.softmax(-alpha * (d2 - d2.min(1, keepdim=True).values), dim=1)
 
 
 def annealed_alphas() -> list[float]:
