@@ -22,7 +22,7 @@ import torch
 import yaml
 from pydantic import Field
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save
+from safetensors.torch import load_file
 from torch import Tensor
 
 from configs import ConfigError, Settings, load_settings
@@ -34,6 +34,7 @@ from trainer.novelty import NoveltySettings
 from trainer.preprocess import Preprocess
 from trainer.projection import Projection
 from trainer.settings import TrainSettings
+from trainer.whole_file import save_tensors, write_whole
 
 SCHEMA = "dkm.run/1"
 ASSIGNMENT_COLUMNS = ("file", "split", "label", "cluster", "distance", "novelty_score")
@@ -92,7 +93,7 @@ def save_run(run: Run, folder: Path, assignments: Sequence[Sequence[object]]) ->
     """Writes the files; model.json last, since its presence says that the run is complete. labels.yaml is kept if it is there."""
     folder.mkdir(parents=True, exist_ok=True)
     model = run.model
-    _save_tensors(
+    save_tensors(
         folder / "encoder.safetensors", _tensors(model.encoder, "encoder.") | _tensors(model.preprocess, "preprocess.")
     )
     codebook = _tensors(model.projection, "projection.") | {
@@ -103,26 +104,19 @@ def save_run(run: Run, folder: Path, assignments: Sequence[Sequence[object]]) ->
         "calibration_cluster": torch.from_numpy(run.parts.cluster),
         "calibration_group": torch.from_numpy(run.parts.group),
     }
-    _save_tensors(folder / "codebook.safetensors", codebook)
+    save_tensors(folder / "codebook.safetensors", codebook)
     with (folder / "assignments.csv").open("w", newline="", encoding="utf-8") as file:
         csv.writer(file).writerows([ASSIGNMENT_COLUMNS, *assignments])
     if not (folder / "labels.yaml").exists():
         (folder / "labels.yaml").write_text(_labels_template(run.info["clusters"]), encoding="utf-8")
     run.path = folder
-    write_atomically(folder / "model.json", json.dumps(run.info, indent=1, allow_nan=False) + "\n")
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """A reader sees the old file or the new one."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(path)
+    write_whole(folder / "model.json", json.dumps(run.info, indent=1, allow_nan=False) + "\n")
 
 
 def write_config(settings: TrainSettings, folder: Path) -> None:
     """config.yaml: the settings as resolved, so that the run can be repeated."""
     folder.mkdir(parents=True, exist_ok=True)
-    write_atomically(folder / "config.yaml", yaml.safe_dump(settings.plain(), sort_keys=False, allow_unicode=True))
+    write_whole(folder / "config.yaml", yaml.safe_dump(settings.plain(), sort_keys=False, allow_unicode=True))
 
 
 def load_run(path: str | Path, device: str = "cpu") -> Run:
@@ -193,11 +187,6 @@ def _labels_template(clusters: list[dict[str, Any]]) -> str:
     return (
         "\n".join(lines + [f"  {row['id']}: {{name: {row['name']}}}    # {row['n']} images" for row in clusters]) + "\n"
     )
-
-
-def _save_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
-    # save_file would make it readable by its owner alone; a run is shared like any other output.
-    path.write_bytes(save({key: tensor.cpu().contiguous() for key, tensor in tensors.items()}))
 
 
 def _tensors(module: torch.nn.Module, prefix: str) -> dict[str, Tensor]:

@@ -24,7 +24,7 @@ from trainer.pretrain import pretrain_stages
 from trainer.settings import TrainSettings
 from trainer.splits import Split
 from trainer.stage import Stage
-from trainer.tensor_file import save_tensors
+from trainer.whole_file import save_tensors
 
 NAME = "autoencoder.safetensors"
 MUST_AGREE = ("images", "preprocess", "encoder")  # of another run's autoencoder; its schedule may differ

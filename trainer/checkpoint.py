@@ -14,7 +14,7 @@ from torch import Tensor
 from trainer.errors import ArtifactError
 from trainer.learner import Learner
 from trainer.methods.base import Method
-from trainer.tensor_file import save_tensors
+from trainer.whole_file import save_tensors
 
 NAME = "last.safetensors"
 

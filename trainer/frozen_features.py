@@ -16,9 +16,9 @@ from torch import Tensor
 
 from trainer.data import Dataset
 from trainer.encoders.weights import with_digests
-from trainer.model import PREDICT_BATCH, ClusterModel
+from trainer.model import PREDICT_BATCH, ClusterModel, evaluating
 from trainer.settings import TrainSettings
-from trainer.tensor_file import save_tensors
+from trainer.whole_file import save_tensors
 
 
 @torch.no_grad()
@@ -41,6 +41,13 @@ def frozen_features(settings: TrainSettings, model: ClusterModel, dataset: Datas
     if path is not None:
         save_tensors(path, {"features": features})
     return features
+
+
+def embeddings(settings: TrainSettings, model: ClusterModel, dataset: Dataset) -> Tensor:
+    """Embeddings (N, D) of all images by a trained model of these settings; its frozen part is looked up where `pretrain.cache` has it."""
+    with evaluating(model):
+        frozen = frozen_features(settings, model, dataset)
+    return model.embed_dataset(dataset.pixels) if frozen is None else model.embed_frozen(frozen)
 
 
 def _place(settings: TrainSettings, model: ClusterModel, dataset: Dataset) -> Path | None:

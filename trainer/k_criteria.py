@@ -24,7 +24,7 @@ from sklearn.metrics import adjusted_rand_score
 from torch import Tensor
 
 from trainer import metric
-from trainer.assignment import log_student_t
+from trainer.assignment import log_student_t, target_distribution
 from trainer.clustering.kmeans import KMeansOptions, kmeans
 from trainer.distance import nearest, squared_distances
 from trainer.errors import DataError
@@ -137,8 +137,7 @@ def _halves(embedding: Embedding, k: int, order: NDArray[np.int64], n: int) -> t
 
 def _returned(labels: Labels, other: Labels, k: int) -> NDArray[np.float64]:
     """(K,) Jaccard index of each cluster of `labels` with the one of `other` that it meets best."""
-    both = np.zeros((k, k))
-    np.add.at(both, (labels, other), 1)
+    both = metric.contingency(other, labels, k)
     either = both.sum(1, keepdims=True) + both.sum(0, keepdims=True) - both
     best: NDArray[np.float64] = (both / np.maximum(either, 1)).max(1)
     return best
@@ -180,6 +179,5 @@ def _generalizability(embedding: Embedding, k: int, order: NDArray[np.int64], n:
 
 def divergence(log_q: Tensor, frequency: Tensor) -> float:
     """KL(P || Q) per sample, p from this q (B, K) and the given cluster frequencies (K,)."""
-    weight = (2 * log_q).exp() / frequency
-    p = weight / weight.sum(1, keepdim=True)
+    p = target_distribution(log_q.exp(), frequency)
     return float(torch.nn.functional.kl_div(log_q, p, reduction="batchmean"))

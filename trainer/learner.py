@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from trainer.augment import AugmentSettings, augment
 from trainer.errors import DataError
-from trainer.model import PREDICT_BATCH, ClusterModel
+from trainer.model import PREDICT_BATCH, ClusterModel, evaluating
 
 
 @dataclass(frozen=True)
@@ -94,12 +94,9 @@ class Learner:
     def all_features(self) -> Tensor:
         """Features (N, F) of all training samples as they are, in eval mode."""
         encoder = self.model.encoder
-        was_training = encoder.training
-        encoder.eval()
         indices = torch.arange(len(self), device=self.device)
-        features = torch.cat([encoder.head(self._clean(part)) for part in indices.split(PREDICT_BATCH)])
-        encoder.train(was_training)
-        return features
+        with evaluating(encoder):
+            return torch.cat([encoder.head(self._clean(part)) for part in indices.split(PREDICT_BATCH)])
 
     @torch.no_grad()
     def all_latents(self) -> Tensor:

@@ -34,9 +34,9 @@ def score_labels(truth: Labels, predicted: Labels) -> LabelScores:
     )
 
 
-def contingency(truth: Labels, predicted: Labels) -> NDArray[np.int64]:
-    """Counts (max(K, C), max(K, C)): row = cluster, column = class. Square, since Hungarian needs a partner for each."""
-    size = int(max(truth.max(), predicted.max())) + 1
+def contingency(truth: Labels, predicted: Labels, size: int | None = None) -> NDArray[np.int64]:
+    """Counts (size, size): row = cluster, column = class. Square, since Hungarian needs a partner for each; `size` None: max(K, C)."""
+    size = size or int(max(truth.max(), predicted.max())) + 1
     counts = np.zeros((size, size), np.int64)
     np.add.at(counts, (predicted, truth), 1)
     return counts

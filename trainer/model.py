@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import contextlib
+from collections.abc import Iterable, Iterator
 
 import numpy as np
 import torch
@@ -16,6 +17,17 @@ from trainer.preprocess import Preprocess
 from trainer.projection import Projection
 
 PREDICT_BATCH = 256
+
+
+@contextlib.contextmanager
+def evaluating(module: nn.Module) -> Iterator[None]:
+    """`module` in eval mode; afterwards as it was."""
+    was_training = module.training
+    module.eval()
+    try:
+        yield
+    finally:
+        module.train(was_training)
 
 
 class ClusterModel(nn.Module):
@@ -54,23 +66,16 @@ class ClusterModel(nn.Module):
     @torch.no_grad()
     def embed_dataset(self, pixels: Tensor, batch: int = PREDICT_BATCH) -> Tensor:
         """Embeddings (N, D) of a data set's pixels, in eval mode, on the model's device."""
-        was_training = self.training
-        self.eval()
         device = self.centroids.device
-        z = torch.cat([self.embed_pixels(part.to(device)) for part in pixels.split(batch)])
-        self.train(was_training)
-        return z
+        with evaluating(self):
+            return torch.cat([self.embed_pixels(part.to(device)) for part in pixels.split(batch)])
 
     @torch.no_grad()
     def embed_frozen(self, features: Tensor) -> Tensor:
         """Embeddings (N, D) from the outputs (N, F) of the encoder's frozen part, in eval mode."""
-        was_training = self.training
-        self.eval()
-        z = torch.cat(
-            [self.projection(self.encoder.head(self.encoder.stem(part))) for part in features.split(PREDICT_BATCH)]
-        )
-        self.train(was_training)
-        return z
+        with evaluating(self):
+            parts = (self.encoder.stem(part) for part in features.split(PREDICT_BATCH))
+            return torch.cat([self.projection(self.encoder.head(part)) for part in parts])
 
     @torch.no_grad()
     def assign(self, z: Tensor) -> tuple[Tensor, Tensor]:

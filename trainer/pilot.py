@@ -15,7 +15,6 @@ from typing import Any
 import yaml
 
 from configs import load_text
-from trainer.artifact import write_atomically
 from trainer.errors import DataError
 from trainer.methods import METHODS
 from trainer.novelty import NoveltySettings, groups_needed
@@ -26,6 +25,7 @@ from trainer.settings import TrainSettings
 from trainer.sweep import Sweep, SweepOptions, sweep
 from trainer.trials import changed
 from trainer.variants import is_frozen
+from trainer.whole_file import write_whole
 
 SCHEMA = "dkm.pilot/1"
 TRIED = ("dec", "smoothed_kmeans")
@@ -212,5 +212,5 @@ def _write(result: Pilot) -> None:
     )
     result.out.mkdir(parents=True, exist_ok=True)
     text = yaml.safe_dump(result.settings.plain(), sort_keys=False, allow_unicode=True)
-    write_atomically(result.recommended, head + text)
-    write_atomically(result.out / "pilot.json", json.dumps(result.plain(), indent=1, allow_nan=False) + "\n")
+    write_whole(result.recommended, head + text)
+    write_whole(result.out / "pilot.json", json.dumps(result.plain(), indent=1, allow_nan=False) + "\n")

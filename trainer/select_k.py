@@ -18,13 +18,14 @@ from typing import Any, Literal
 import numpy as np
 from sklearn.metrics import adjusted_rand_score
 
-from trainer.artifact import write_atomically
 from trainer.errors import DataError
+from trainer.frozen_features import embeddings
 from trainer.k_criteria import Embedding, KFigures, measure
 from trainer.progress import Progress, Silent
 from trainer.report.select_k_page import select_k_page
 from trainer.settings import TrainSettings
 from trainer.trials import changed, fit_or_reuse, load_base, read_images
+from trainer.whole_file import write_whole
 
 SCHEMA = "dkm.select_k/1"
 RETURNS = 0.75  # Jaccard index of a cluster that comes back (Hennig 2007)
@@ -151,8 +152,8 @@ def select_k(config: str | Path | TrainSettings, options: SelectOptions) -> KSel
     options.progress.close()
     rows = [mean_row([figures[n] for figures in measured]) for n in range(len(ks))]
     selection = KSelection(recommend(rows), rows, len(embeddings[0].z), len({id(e.z) for e in embeddings}), out)
-    write_atomically(out / "select_k.json", json.dumps(selection.plain(), indent=1, allow_nan=False) + "\n")
-    write_atomically(out / "select_k.html", select_k_page(name, selection.plain()))
+    write_whole(out / "select_k.json", json.dumps(selection.plain(), indent=1, allow_nan=False) + "\n")
+    write_whole(out / "select_k.html", select_k_page(name, selection.plain()))
     return selection
 
 
@@ -162,17 +163,17 @@ def _embeddings(settings: TrainSettings, out: Path, options: SelectOptions) -> l
     if len(dataset) < 2:
         raise DataError(f"{settings.data.path} has {len(dataset)} usable image, expected many; add images")
     control = {"name": "ae_kmeans", "n_clusters": min(settings.method.n_clusters, len(dataset))}
-    embeddings: list[Embedding] = []
+    found: list[Embedding] = []
     for n in range(options.seeds):
         seed = settings.train.seed + n
         changes = {"method": control, "novelty": "none", "train.seed": seed}
         run = fit_or_reuse(changed(settings, changes, "select-k"), out / f"seed-{seed}", options.progress)
-        z = run.model.projection.to_cluster_space(run.model.embed_dataset(dataset.pixels))
-        embeddings.append(Embedding(z, dataset.groups, settings.projection.l2, seed))
+        z = run.model.projection.to_cluster_space(embeddings(run.settings, run.model, dataset))
+        found.append(Embedding(z, dataset.groups, settings.projection.l2, seed))
         is_given = not run.model.encoder.is_trainable or settings.pretrain.from_run is not None
         if is_given and settings.projection.kind != "within":
             return [Embedding(z, dataset.groups, settings.projection.l2, seed + m) for m in range(options.seeds)]
-    return embeddings
+    return found
 
 
 def mean_row(figures: list[KFigures]) -> KRow:

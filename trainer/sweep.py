@@ -22,8 +22,9 @@ from sklearn.metrics import adjusted_rand_score
 
 from configs import ConfigError
 from trainer import metric
-from trainer.artifact import Run, write_atomically
+from trainer.artifact import Run
 from trainer.errors import DataError, TrainerError
+from trainer.frozen_features import embeddings
 from trainer.loop import InterruptedTraining
 from trainer.progress import Progress, Silent
 from trainer.report.assignment_table import read_assignments
@@ -31,6 +32,7 @@ from trainer.report.sweep_page import sweep_page
 from trainer.settings import TrainSettings
 from trainer.trials import changed, fit_or_reuse, load_base, read_images
 from trainer.variants import Variant, expand, parse_grid, with_method
+from trainer.whole_file import write_whole
 
 SCHEMA = "dkm.sweep/1"
 CRITERIA = ("seed_ari", "silhouette", "agreement")
@@ -153,8 +155,8 @@ def sweep(configs: Sequence[str | Path | TrainSettings], options: SweepOptions) 
         fitted.append(_fit(variant, out, options, may_fail=n > 0))
     rows = _rank(fitted, _control_space(fitted[0], options.progress))
     result = Sweep(_verdict(rows), rows, {one.variant.name: one.variant.settings for one in fitted}, out)
-    write_atomically(out / "sweep.json", json.dumps(result.plain(), indent=1, allow_nan=False) + "\n")
-    write_atomically(out / "sweep.html", sweep_page(loaded[0][1], result.plain()))
+    write_whole(out / "sweep.json", json.dumps(result.plain(), indent=1, allow_nan=False) + "\n")
+    write_whole(out / "sweep.html", sweep_page(loaded[0][1], result.plain()))
     return result
 
 
@@ -183,12 +185,13 @@ def _fit(variant: Variant, out: Path, options: SweepOptions, may_fail: bool) -> 
 
 def _control_space(control: _Fitted, progress: Progress) -> NDArray[np.float32]:
     """Embeddings (N, D) of all images by the control's first run."""
-    model = control.runs[0].model
-    z = model.projection.to_cluster_space(model.embed_dataset(read_images(control.variant.settings, progress).pixels))
+    run = control.runs[0]
+    dataset = read_images(control.variant.settings, progress)
+    z = run.model.projection.to_cluster_space(embeddings(run.settings, run.model, dataset))
     array: NDArray[np.float32] = z.cpu().numpy()
     if len(array) != len(control.labels[0]):
         raise DataError(
-            f"{control.runs[0].path} holds {len(control.labels[0])} images, now there are {len(array)}; choose another place with --out"
+            f"{run.path} holds {len(control.labels[0])} images, now there are {len(array)}; choose another place with --out"
         )
     return array
 

@@ -122,7 +122,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", choices=SETS, default="mnist")
     parser.add_argument(
-        "--rows", nargs="+", choices=ROWS, default=["ae_kmeans", "dec", "idec", "dcn", "dkm"], metavar="ROW"
+        "--rows", nargs="+", choices=ROWS, default=["ae_kmeans", "dec", "idec", "dcn", "dkm", "dekm"], metavar="ROW"
     )
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--out", type=Path, default=Path("runs/accuracy"))

@@ -24,14 +24,15 @@ from benchmarks.table import WEIGHTS, real_set, show_table, spread
 from configs import Sources, load_settings
 from trainer import FitOptions, fit
 from trainer.artifact import build_model
-from trainer.data import Dataset, load_dataset
+from trainer.data import Dataset
 from trainer.evaluate import predict
-from trainer.images import open_images
+from trainer.frozen_features import frozen_features
 from trainer.learner import Learner, LearnerOptions
 from trainer.methods import METHODS
 from trainer.metric import score_labels
-from trainer.model import PREDICT_BATCH
+from trainer.progress import Silent
 from trainer.settings import TrainSettings
+from trainer.trials import read_images
 
 Index = NDArray[np.int64]
 PLAIN, SMOOTHED = "x_sdd_ae_kmeans", "x_sdd_smoothed_kmeans"
@@ -139,14 +140,12 @@ class Features:
     def of(self, settings: TrainSettings) -> tuple[Tensor, Dataset]:
         key = f"{settings.encoder} {settings.preprocess}"
         if key not in self._found:
-            dataset, _ = load_dataset(
-                open_images(settings.data), settings.data, settings.preprocess, lambda items: items
-            )
+            dataset = read_images(settings, Silent())
             model = build_model(settings, dataset.pixels.shape[1:3], len(dataset)).eval()
             model.encoder.load_pretrained()
             model.preprocess.fit_normalise(dataset.pixels)  # ImageNet's constants, whatever the pixels
-            parts = dataset.pixels.split(PREDICT_BATCH)
-            features = torch.cat([model.encoder(model.preprocess.normalise(part)) for part in parts])
+            features = frozen_features(settings, model, dataset)
+            assert features is not None, "these variants have frozen encoders"
             self._found[key] = (features, dataset)
         return self._found[key]
 

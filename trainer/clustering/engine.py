@@ -19,9 +19,7 @@ from trainer.errors import DataError
 
 Engine = Literal["auto", "faiss", "torch"]
 Assign = Callable[[Tensor], tuple[Tensor, Tensor]]
-CHUNK_PRODUCTS = (
-    1 << 20
-)  # entries of the (B, K) matrix of one chunk: small enough for the cache, large enough to split over cores
+CHUNK_PRODUCTS = 1 << 20  # entries of a chunk's (B, K) matrix: few enough for the cache, enough to split over cores
 FAISS_PAYS_FROM_CLUSTERS = 128
 FAISS_PAYS_FROM_PRODUCTS = 10**9  # N x K x D
 
@@ -86,9 +84,8 @@ def _faiss_assign(z: Tensor) -> Assign:
 def load_faiss() -> Any:
     """The module, set to as many threads as torch: its own default takes every core."""
     with warnings.catch_warnings():
-        warnings.simplefilter(
-            "ignore", DeprecationWarning
-        )  # of its SWIG types at import, faiss 1.15 on Python 3.12 and later
+        # Of its SWIG types at import: faiss 1.15 on Python 3.12 and later.
+        warnings.simplefilter("ignore", DeprecationWarning)
         import faiss
     faiss.omp_set_num_threads(torch.get_num_threads())
     return faiss

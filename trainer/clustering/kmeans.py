@@ -114,9 +114,8 @@ def plus_plus(z: Tensor, n_clusters: int, generator: torch.Generator) -> Tensor:
         d2 = torch.minimum(squared_distances_matmul(centred[picks.to(z.device)], centred, origin), best)
         winner = int(d2.sum(1).argmin())  # of d2 (candidates, N)
         chosen.append(int(picks[winner]))
-        best = (
-            (z - z[chosen[-1]]).square().sum(1).minimum(best)
-        )  # direct form: a duplicate of a seed must be at exactly 0
+        # Direct form: a duplicate of a seed must be at exactly 0.
+        best = (z - z[chosen[-1]]).square().sum(1).minimum(best)
     return z[torch.tensor(chosen, device=z.device)].clone()
 
 

@@ -20,12 +20,12 @@ from trainer.clustering.recluster import Algorithm, recluster
 from trainer.convergence import Convergence
 from trainer.distance import nearest, squared_distances
 from trainer.learner import Learner
-from trainer.methods.base import LearnedSettings, Method
 from trainer.methods.dkm import soft_kmeans_loss
-from trainer.stage import EpochReport, OptimizerSettings, Stage
+from trainer.methods.trained import TrainedMethod, TrainedSettings
+from trainer.stage import EpochReport, OptimizerSettings
 
 
-class CenteringSettings(LearnedSettings):
+class CenteringSettings(TrainedSettings):
     """`init: random` starts from random samples; `restarts` k-means runs from new seeds at each epoch's end beside the warm one."""
 
     name: Literal["centering"] = "centering"
@@ -40,7 +40,7 @@ class CenteringSettings(LearnedSettings):
     optimizer: OptimizerSettings = OptimizerSettings(kind="adam", lr=1e-4)
 
 
-class Centering(Method):
+class Centering(TrainedMethod):
     """Gradient steps of the autoencoder towards fixed centroids, k-means at every epoch's end."""
 
     Settings = CenteringSettings
@@ -50,22 +50,8 @@ class Centering(Method):
 
     def __init__(self, settings: CenteringSettings, learner: Learner, batch_size: int) -> None:
         super().__init__(settings, learner, batch_size)
+        self.epochs = settings.epochs
         self.convergence = Convergence(len(learner), settings.n_clusters, settings.tol, self.steps_per_epoch)
-
-    def stages(self) -> list[Stage]:
-        return [
-            Stage(
-                "centering",
-                self.settings.epochs,
-                self.batch_size,
-                self.settings.optimizer,
-                self.encoder_parameters(),
-                self.loss,
-                self.encoder_modules(),
-                begin=lambda: self.convergence.begin(self.learner.all_latents()),
-                after_epoch=self.after_epoch,
-            )
-        ]
 
     @torch.no_grad()
     def init_centroids(self) -> None:
@@ -93,10 +79,4 @@ class Centering(Method):
         options = self.settings
         mu.copy_(recluster(z, mu, self.learner.seed + epoch + 1, options.restarts, options.algorithm))
         self.convergence.look(nearest(z, mu)[0], z, mu, (epoch + 1) * self.steps_per_epoch)
-        return EpochReport(self.convergence.figures, stop=self.convergence.is_reached)
-
-    def state(self) -> dict[str, Tensor]:
-        return self.convergence.state()
-
-    def load_state(self, state: dict[str, Tensor]) -> None:
-        self.convergence.load_state(state)
+        return super().after_epoch(epoch)

@@ -23,11 +23,11 @@ from trainer.clustering.mini_batch import updated
 from trainer.convergence import Convergence
 from trainer.distance import nearest
 from trainer.learner import Learner
-from trainer.methods.base import LearnedSettings, Method
-from trainer.stage import EpochReport, OptimizerSettings, Stage
+from trainer.methods.trained import TrainedMethod, TrainedSettings
+from trainer.stage import EpochReport, OptimizerSettings
 
 
-class DCNSettings(LearnedSettings):
+class DCNSettings(TrainedSettings):
     """`clustering_weight` is the paper's lambda; `initial_count` how slowly centroids move at first."""
 
     name: Literal["dcn"] = "dcn"
@@ -39,44 +39,27 @@ class DCNSettings(LearnedSettings):
     optimizer: OptimizerSettings = OptimizerSettings(kind="adam", lr=1e-4)
 
 
-class DCN(Method):
+class DCN(TrainedMethod):
     """Alternates gradient steps of the autoencoder, assignments, and centroids."""
 
     Settings = DCNSettings
     title = "Deep Clustering Network, running-mean centroids (Yang et al. 2017)"
     settings: DCNSettings
     needs_decoder = True
+    kept = ("labels", "counts")
 
     def __init__(self, settings: DCNSettings, learner: Learner, batch_size: int) -> None:
         super().__init__(settings, learner, batch_size)
+        self.epochs = settings.epochs
         self.convergence = Convergence(len(learner), settings.n_clusters, settings.tol, self.steps_per_epoch)
         self.labels = torch.zeros(len(learner), dtype=torch.int64, device=learner.device)
         self.counts = torch.full(
             (settings.n_clusters,), float(settings.initial_count), dtype=torch.float64, device=learner.device
         )
 
-    def stages(self) -> list[Stage]:
-        return [
-            Stage(
-                "dcn",
-                self.settings.epochs,
-                self.batch_size,
-                self.settings.optimizer,
-                self.encoder_parameters(),
-                self.loss,
-                self.encoder_modules(),
-                begin=self.begin,
-                after_step=self.after_step,
-                after_epoch=self.after_epoch,
-            )
-        ]
-
-    @torch.no_grad()
-    def begin(self) -> None:
+    def start(self, z: Tensor) -> None:
         """Labels by the initial centroids."""
-        z = self.learner.all_latents()
         self.labels = nearest(z, self.learner.model.centroids)[0]
-        self.convergence.begin(z)
 
     def loss(self, index: Tensor) -> Tensor:
         """Reconstruction and distance to the stored label's centroid; the centroids get no gradient."""
@@ -97,20 +80,12 @@ class DCN(Method):
     def after_epoch(self, epoch: int) -> EpochReport:
         z, mu = self.learner.all_latents(), self.learner.model.centroids
         self.convergence.check(z)
-        is_due = (epoch + 1) % self.settings.kmeans_every_epochs == 0
-        if is_due or len(torch.unique(nearest(z, mu)[0])) < len(
-            mu
-        ):  # a cluster that lost its last member is found again
+        self.labels = nearest(z, mu)[0]
+        has_lost_one = len(torch.unique(self.labels)) < len(mu)  # k-means finds it again
+        if has_lost_one or (epoch + 1) % self.settings.kmeans_every_epochs == 0:
             result = kmeans(z, self.settings.n_clusters, self.learner.seed, init=mu.detach())
             mu.copy_(result.centroids)
+            self.labels = result.labels
             self.counts.fill_(float(self.settings.initial_count))
-        self.labels = nearest(z, mu)[0]
         self.convergence.look(self.labels, z, mu, (epoch + 1) * self.steps_per_epoch)
-        return EpochReport(self.convergence.figures, stop=self.convergence.is_reached)
-
-    def state(self) -> dict[str, Tensor]:
-        return {"labels": self.labels, "counts": self.counts, **self.convergence.state()}
-
-    def load_state(self, state: dict[str, Tensor]) -> None:
-        self.labels, self.counts = (state[key].to(self.learner.device) for key in ("labels", "counts"))
-        self.convergence.load_state(state)
+        return super().after_epoch(epoch)

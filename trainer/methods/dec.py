@@ -14,17 +14,18 @@ from typing import Annotated, ClassVar, Literal
 
 import torch
 from pydantic import Field
-from torch import Tensor
+from torch import Tensor, nn
 
 from trainer.assignment import log_student_t, target_distribution
 from trainer.convergence import Convergence
 from trainer.distance import nearest, squared_distances
 from trainer.learner import Learner
-from trainer.methods.base import LearnedSettings, Method, MethodSettings
-from trainer.stage import EpochReport, OptimizerSettings, Stage
+from trainer.methods.base import MethodSettings
+from trainer.methods.trained import TrainedMethod, TrainedSettings
+from trainer.stage import OptimizerSettings
 
 
-class SelfTrainingSettings(LearnedSettings):
+class SelfTrainingSettings(TrainedSettings):
     """What dec and idec share. `t_dof` is the paper's alpha, `refresh_steps` its T (None: half an epoch).
 
     `length_scale: auto` is the root mean squared distance to the own centroid at the start.
@@ -45,54 +46,45 @@ class DECSettings(SelfTrainingSettings):
     freeze_encoder: bool = False
 
 
-class DEC(Method):
+class DEC(TrainedMethod):
     """KL self-training of whatever is trainable: encoder, projection (with `projection.learn`), centroids."""
 
     Settings: ClassVar[type[MethodSettings]] = DECSettings
     title = "Deep Embedded Clustering (Xie et al. 2016)"
     settings: SelfTrainingSettings
+    learns_centroids = True
+    kept = ("p", "length_scale")
 
     def __init__(self, settings: SelfTrainingSettings, learner: Learner, batch_size: int) -> None:
         super().__init__(settings, learner, batch_size)
         n, k = len(learner), settings.n_clusters
+        self.epochs = settings.epochs
         self.refresh_steps = settings.refresh_steps or max(1, self.steps_per_epoch // 2)
         self.convergence = Convergence(n, k, settings.tol, self.steps_per_epoch)
         self.p = torch.full((n, k), 1.0 / k)
-        self.length_scale = torch.tensor(1.0)
+        self.length_scale = torch.tensor(1.0, device=learner.device)
 
-    def stages(self) -> list[Stage]:
-        frozen = isinstance(self.settings, DECSettings) and self.settings.freeze_encoder
-        return [
-            Stage(
-                self.settings.name,
-                self.settings.epochs,
-                self.batch_size,
-                self.settings.optimizer,
-                [self.learner.model.centroids]
-                if frozen
-                else [*self.encoder_parameters(), self.learner.model.centroids],
-                self.loss,
-                [] if frozen else self.encoder_modules(),
-                begin=self.begin,
-                before_step=self.before_step,
-                after_epoch=self.after_epoch,
-            )
-        ]
+    def modules(self) -> list[nn.Module]:
+        return [] if self._is_frozen else super().modules()
 
-    @torch.no_grad()
-    def begin(self) -> None:
-        """Fixes the length scale and the starting spread."""
-        z = self.learner.all_latents()
+    def parameters(self) -> list[nn.Parameter]:
+        return [self.learner.model.centroids] if self._is_frozen else super().parameters()
+
+    @property
+    def _is_frozen(self) -> bool:
+        return isinstance(self.settings, DECSettings) and self.settings.freeze_encoder
+
+    def start(self, z: Tensor) -> None:
+        """Fixes the length scale."""
         if self.settings.length_scale == "auto":
-            self.length_scale = nearest(z, self.learner.model.centroids)[1].mean().sqrt().clamp_min(1e-6).cpu()
+            self.length_scale = nearest(z, self.learner.model.centroids)[1].mean().sqrt().clamp_min(1e-6)
         else:
-            self.length_scale = torch.tensor(float(self.settings.length_scale))
-        self.convergence.begin(z)
+            self.length_scale = torch.tensor(float(self.settings.length_scale), device=z.device)
 
     def log_q(self, z: Tensor) -> Tensor:
         """Log q (B, K) of latents z (B, D)."""
-        scale = self.length_scale.to(z.device)
-        return log_student_t(squared_distances(z / scale, self.learner.model.centroids / scale), self.settings.t_dof)
+        mu = self.learner.model.centroids
+        return log_student_t(squared_distances(z / self.length_scale, mu / self.length_scale), self.settings.t_dof)
 
     def loss(self, index: Tensor) -> Tensor:
         """KL(P || Q), summed over clusters, averaged over the batch."""
@@ -111,13 +103,3 @@ class DEC(Method):
         q = torch.cat([self.log_q(part).exp() for part in z.split(8192)])
         self.p = target_distribution(q)
         self.convergence.look(q, z, self.learner.model.centroids, step)
-
-    def after_epoch(self, epoch: int) -> EpochReport:
-        return EpochReport(self.convergence.figures, stop=self.convergence.is_reached)
-
-    def state(self) -> dict[str, Tensor]:
-        return {"p": self.p, "length_scale": self.length_scale, **self.convergence.state()}
-
-    def load_state(self, state: dict[str, Tensor]) -> None:
-        self.p, self.length_scale = state["p"].to(self.learner.device), state["length_scale"]
-        self.convergence.load_state(state)

@@ -21,11 +21,11 @@ from trainer.convergence import Convergence
 from trainer.distance import nearest
 from trainer.errors import DataError
 from trainer.learner import Learner
-from trainer.methods.base import LearnedSettings, Method
-from trainer.stage import EpochReport, OptimizerSettings, Stage
+from trainer.methods.trained import TrainedMethod, TrainedSettings
+from trainer.stage import OptimizerSettings
 
 
-class DEKMSettings(LearnedSettings):
+class DEKMSettings(TrainedSettings):
     """`refresh_steps` between two k-means; `restarts` of it from new seeds beside the one from the last centroids."""
 
     name: Literal["dekm"] = "dekm"
@@ -36,41 +36,26 @@ class DEKMSettings(LearnedSettings):
     optimizer: OptimizerSettings = OptimizerSettings(kind="adam", lr=1e-3)
 
 
-class DEKM(Method):
+class DEKM(TrainedMethod):
     """Greedy minimisation of the within-class scatter, one rotated direction at a time; the decoder is dropped."""
 
     Settings = DEKMSettings
     title = "Deep Embedded k-Means, largest within-class direction first (Guo et al. 2021)"
     settings: DEKMSettings
+    kept = ("rotation", "target")
 
     def __init__(self, settings: DEKMSettings, learner: Learner, batch_size: int) -> None:
         super().__init__(settings, learner, batch_size)
-        if not self.encoder_parameters():
+        if not self.parameters():
             raise DataError(
                 f"method.name is dekm, which moves the embeddings, but encoder {learner.model.encoder.settings.name} is frozen; "
                 f"expected a trainable encoder, or projection.learn: true with projection.kind pca or within"
             )
+        self.epochs = settings.epochs
         self.convergence = Convergence(len(learner), settings.n_clusters, settings.tol, settings.refresh_steps)
         dim = learner.model.projection.out_dim
         self.rotation = torch.eye(dim, device=learner.device)
         self.target = torch.zeros(len(learner), dim, device=learner.device)
-
-    def stages(self) -> list[Stage]:
-        return [
-            Stage(
-                "dekm",
-                self.settings.epochs,
-                self.batch_size,
-                self.settings.optimizer,
-                self.encoder_parameters(),
-                self.loss,
-                self.encoder_modules(),
-                begin=lambda: self.convergence.begin(self.learner.all_latents()),
-                before_step=self.before_step,
-                after_epoch=lambda epoch: EpochReport(self.convergence.figures, stop=self.convergence.is_reached),
-                end=self.end,
-            )
-        ]
 
     def loss(self, index: Tensor) -> Tensor:
         """Mean squared distance to the target coordinates."""
@@ -96,13 +81,6 @@ class DEKM(Method):
         z, mu = self.learner.all_latents(), self.learner.model.centroids
         self.convergence.check(z)
         mu.copy_(recluster(z, mu, self.learner.seed, restarts=0))
-
-    def state(self) -> dict[str, Tensor]:
-        return {"rotation": self.rotation, "target": self.target, **self.convergence.state()}
-
-    def load_state(self, state: dict[str, Tensor]) -> None:
-        self.rotation, self.target = (state[key].to(self.learner.device) for key in ("rotation", "target"))
-        self.convergence.load_state(state)
 
 
 def within_class_rotation(z: Tensor, mu: Tensor, labels: Tensor) -> Tensor:

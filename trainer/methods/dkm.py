@@ -23,14 +23,14 @@ from trainer.convergence import Convergence
 from trainer.distance import nearest, squared_distances
 from trainer.guards import MIN_CENTRE_SHARE
 from trainer.learner import Learner
-from trainer.methods.base import LearnedSettings, Method
-from trainer.stage import EpochReport, OptimizerSettings, Stage
+from trainer.methods.trained import TrainedMethod, TrainedSettings
+from trainer.stage import EpochReport, OptimizerSettings
 
 FIRST_ALPHA, ANNEALED_ALPHAS = 0.1, 40
 MIN_SHARE = 0.5  # samples, of the whole set: a centroid with less gets no gradient worth the name
 
 
-class DKMSettings(LearnedSettings):
+class DKMSettings(TrainedSettings):
     """`clustering_weight` is the paper's lambda, of sum-reduced losses.
 
     `epochs_per_alpha` of each value; a fixed alpha counts as `rounds` values. `scale_alpha` divides alpha by the median squared
@@ -47,35 +47,22 @@ class DKMSettings(LearnedSettings):
     optimizer: OptimizerSettings = OptimizerSettings(kind="adam", lr=1e-4)
 
 
-class DKM(Method):
+class DKM(TrainedMethod):
     """Joint gradient descent on reconstruction and soft k-means loss."""
 
     Settings = DKMSettings
     title = "Deep k-Means, softmax assignment, pre-trained or annealed (Moradi Fard et al. 2018)"
     settings: DKMSettings
     needs_decoder = True
+    learns_centroids = True
+    kept = ("unit",)
 
     def __init__(self, settings: DKMSettings, learner: Learner, batch_size: int) -> None:
         super().__init__(settings, learner, batch_size)
         self.alphas = annealed_alphas() if settings.alpha == "annealed" else [settings.alpha] * settings.rounds
+        self.epochs = len(self.alphas) * settings.epochs_per_alpha
         self.convergence = Convergence(len(learner), settings.n_clusters, 0.0, self.steps_per_epoch)
         self.unit, self.epoch = torch.tensor(1.0), 0
-
-    def stages(self) -> list[Stage]:
-        return [
-            Stage(
-                "dkm",
-                len(self.alphas) * self.settings.epochs_per_alpha,
-                self.batch_size,
-                self.settings.optimizer,
-                [*self.encoder_parameters(), self.learner.model.centroids],
-                self.loss,
-                self.encoder_modules(),
-                begin=self.begin,
-                before_step=self.before_step,
-                after_epoch=self.after_epoch,
-            )
-        ]
 
     @torch.no_grad()
     def init_centroids(self) -> None:
@@ -87,13 +74,10 @@ class DKM(Method):
         generator = torch.Generator().manual_seed(self.learner.seed)
         mu.copy_(torch.rand(mu.shape, generator=generator) * 2 - 1)
 
-    @torch.no_grad()
-    def begin(self) -> None:
-        """The unit of alpha and the starting spread."""
-        z = self.learner.all_latents()
+    def start(self, z: Tensor) -> None:
+        """The unit of alpha."""
         if self.settings.scale_alpha:
-            self.unit = nearest(z, self.learner.model.centroids)[1].median().clamp_min(1e-12).cpu()
-        self.convergence.begin(z)
+            self.unit = nearest(z, self.learner.model.centroids)[1].median().clamp_min(1e-12)
 
     def before_step(self, step: int) -> None:
         """Notes the epoch, which decides alpha."""
@@ -118,9 +102,8 @@ class DKM(Method):
             return EpochReport({"alpha": self.alpha, **self.convergence.figures})
         z, mu = self.learner.all_latents(), self.learner.model.centroids
         self.convergence.check(z)
-        is_last = epoch + 1 == len(self.alphas) * self.settings.epochs_per_alpha
-        moved = 0 if is_last else self._repair(z)  # after the last epoch nothing would train it
-        if self.settings.alpha != "annealed" or (epoch + 1) * 2 > len(self.alphas) * self.settings.epochs_per_alpha:
+        moved = 0 if epoch + 1 == self.epochs else self._repair(z)  # after the last epoch nothing would train it
+        if self.settings.alpha != "annealed" or (epoch + 1) * 2 > self.epochs:
             self.convergence.look(nearest(z, mu)[0], z, mu, (epoch + 1) * self.steps_per_epoch)
         return EpochReport({"alpha": self.alpha, "moved": float(moved), **self.convergence.figures})
 
@@ -136,13 +119,6 @@ class DKM(Method):
             mu[k] = z[d2.argmax()]
             d2 = d2.minimum((z - mu[k]).square().sum(1))
         return len(lost)
-
-    def state(self) -> dict[str, Tensor]:
-        return {"unit": self.unit, **self.convergence.state()}
-
-    def load_state(self, state: dict[str, Tensor]) -> None:
-        self.unit = state["unit"]
-        self.convergence.load_state(state)
 
 
 def soft_kmeans_loss(d2: Tensor, alpha: float) -> Tensor:

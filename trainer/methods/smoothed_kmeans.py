@@ -22,10 +22,11 @@ from trainer.clustering.matching import label_names
 from trainer.clustering.smoothing import Smoothed, SmoothingOptions, extend, smooth
 from trainer.distance import nearest
 from trainer.learner import Learner
-from trainer.methods.base import LearnedSettings, Method
+from trainer.methods.base import Method
+from trainer.methods.trained import SeveralClustersSettings
 
 
-class SmoothedKMeansSettings(LearnedSettings):
+class SmoothedKMeansSettings(SeveralClustersSettings):
     """`holdout` of the training parts stay outside the graph while the agreement is measured; below `min_agreement` there is a warning."""
 
     name: Literal["smoothed_kmeans"] = "smoothed_kmeans"

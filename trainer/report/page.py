@@ -10,25 +10,18 @@ from typing import Any
 
 import numpy as np
 
-from trainer.artifact import Run, write_atomically
+from trainer.artifact import Run
 from trainer.data import Skipped
 from trainer.errors import DataError
 from trainer.images import Item, open_images
 from trainer.provenance import novelty_sentence
 from trainer.report import chart
 from trainer.report.assignment_table import Assignment, read_assignments
+from trainer.report.frame import html_page
 from trainer.report.gallery import PER_CLUSTER, spread, strip
+from trainer.whole_file import write_whole
 
 SHOWN_SKIPPED = 50
-
-STYLE = """
-:root{color-scheme:light dark}body{font:15px/1.5 system-ui,sans-serif;max-width:1080px;margin:2em auto;padding:0 1em}
-h1{font-size:1.5em}h2{font-size:1.15em;margin-top:2em;border-bottom:1px solid #8884}table{border-collapse:collapse}
-td,th{padding:.2em .8em;text-align:left;border-bottom:1px solid #8883}svg{max-width:100%;height:auto;font:12px system-ui,sans-serif;fill:currentColor}
-.strip{display:flex;flex-wrap:wrap;gap:4px}figure{margin:0;text-align:center;border:2px solid transparent}figure.novel{border-color:#b5484a}
-figure img{display:block;max-width:96px;max-height:96px}figcaption{font-size:11px;opacity:.7}.gone{font-size:11px;opacity:.6}
-.warn{background:#d1802f22;border-left:4px solid #d1802f;padding:.5em 1em}code{background:#8882;padding:.1em .3em;border-radius:3px}
-"""
 
 
 def write_report(run: Run, skipped: Sequence[Skipped] | None, path: Path) -> None:
@@ -52,12 +45,7 @@ def write_report(run: Run, skipped: Sequence[Skipped] | None, path: Path) -> Non
     strangest = sorted(rows, key=lambda row: -row.novelty_score)[:PER_CLUSTER]
     sections.append(f"<h2>Strangest images</h2>{strip(strangest, items)}")
     sections.append(_truth(run, rows) + _origin(run))
-    title = escape(f"{run.path.name}: {run.info['method']}")
-    write_atomically(
-        path,
-        f'<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">'
-        f"<title>{title}</title><style>{STYLE}</style><body>{''.join(sections)}</body></html>\n",
-    )
+    write_whole(path, html_page(f"{run.path.name}: {run.info['method']}", "".join(sections)))
 
 
 def _items(run: Run) -> dict[str, Item]:
