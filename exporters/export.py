@@ -58,6 +58,8 @@ def export_run(run: Run, path: Path, options: ExportOptions | None = None) -> Ex
         ExportError: the graph does not do what the model does, or does not fit the profile; nothing is written.
     """
     options = options or ExportOptions()
+    if run.info["train"].get("refusal"):
+        raise ExportError(f"{run.path or 'this run'} must not be exported: {run.info['train']['refusal']}")
     frame = _frame(run, options)
     clusters = run.clusters
     rejected = frozenset(row["id"] for row in clusters if row.get("verdict") == "reject")

@@ -67,7 +67,7 @@ class Run:
     @property
     def clusters(self) -> list[dict[str, Any]]:
         """The cluster table with the names and verdicts of labels.yaml as it stands now."""
-        labels = load_labels(self.path, self.model.n_clusters) if self.path else Labels()
+        labels = load_labels(self.path, [row["name"] for row in self.info["clusters"]]) if self.path else Labels()
         rows = []
         for row in self.info["clusters"]:
             label = labels.clusters.get(row["id"], ClusterLabel())
@@ -81,12 +81,18 @@ class Run:
         return rows
 
 
-def build_model(settings: TrainSettings, size: tuple[int, int], n_samples: int) -> ClusterModel:
-    """An untrained model for inputs of `size` (height, width); `n_samples` training images bound the projection's size."""
+def build_model(
+    settings: TrainSettings, size: tuple[int, int], n_samples: int, n_clusters: int | None = None
+) -> ClusterModel:
+    """An untrained model for inputs of `size` (height, width); `n_samples` training images bound the projection's size.
+
+    Args:
+        n_clusters: where it is not the settings' own: of a trained run whose method finds the number.
+    """
     preprocess = Preprocess(settings.preprocess, *size)
     encoder = ENCODERS[settings.encoder.name](settings.encoder, (len(preprocess.mean), *size))
     projection = Projection(settings.projection, encoder.out_dim, n_samples)
-    return ClusterModel(preprocess, encoder, projection, settings.method.n_clusters)
+    return ClusterModel(preprocess, encoder, projection, n_clusters or settings.method.n_clusters)
 
 
 def save_run(run: Run, folder: Path, assignments: Sequence[Sequence[object]]) -> None:
@@ -142,7 +148,8 @@ def load_run(path: str | Path, device: str = "cpu") -> Run:
             raise ArtifactError(f"{folder}/model.json has the schema {info.get('schema')}, expected {SCHEMA}")
         settings = load_settings(TrainSettings, folder / "config.yaml", "train")
         encoder, codebook = load_file(folder / "encoder.safetensors"), load_file(folder / "codebook.safetensors")
-        model = build_model(settings, (info["input"]["height_px"], info["input"]["width_px"]), info["train"]["n_train"])
+        size = (info["input"]["height_px"], info["input"]["width_px"])
+        model = build_model(settings, size, info["train"]["n_train"], len(codebook["centroids"]))
         _load_tensors(model, encoder, codebook)
     except (OSError, ValueError, KeyError, TypeError, SafetensorError, RuntimeError) as error:
         if isinstance(error, ConfigError):
@@ -158,8 +165,11 @@ def load_run(path: str | Path, device: str = "cpu") -> Run:
     return Run(folder, settings, model.to(device).eval(), parts, info, info.get("metrics", {}))
 
 
-def load_labels(folder: Path, n_clusters: int) -> Labels:
+def load_labels(folder: Path, learned: Sequence[str]) -> Labels:
     """labels.yaml of a run; an unknown id, or a name used twice, is an error.
+
+    Args:
+        learned: the names (K,) that training gave.
 
     Raises:
         ConfigError: naming file, line and key.
@@ -168,10 +178,10 @@ def load_labels(folder: Path, n_clusters: int) -> Labels:
     if not path.is_file():
         return Labels()
     labels = load_settings(Labels, path, "train")
-    unknown = [k for k in labels.clusters if not 0 <= k < n_clusters]
+    unknown = [k for k in labels.clusters if not 0 <= k < len(learned)]
     if unknown:
-        raise ConfigError([f"{path} clusters.{unknown[0]}: there is no such cluster, expected 0 to {n_clusters - 1}"])
-    names = [labels.clusters.get(k, ClusterLabel()).name or f"cluster-{k}" for k in range(n_clusters)]
+        raise ConfigError([f"{path} clusters.{unknown[0]}: there is no such cluster, expected 0 to {len(learned) - 1}"])
+    names = [labels.clusters.get(k, ClusterLabel()).name or name for k, name in enumerate(learned)]
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
         raise ConfigError([f"{path} gives the name '{twice[0]}' to two clusters, expected a name of its own for each"])

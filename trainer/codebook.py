@@ -83,8 +83,13 @@ def set_calibration(
     return calibration
 
 
-def cluster_table(model: ClusterModel, train: Embedded, parts: CalibrationParts) -> list[dict[str, Any]]:
+def cluster_table(
+    model: ClusterModel, train: Embedded, parts: CalibrationParts, names: list[str] | None = None
+) -> list[dict[str, Any]]:
     """One row per cluster: id, name, n training members, radius, and the quantiles .5 and .99 of the raw score of its parts.
+
+    Args:
+        names: of the clusters, where the method knows them.
 
     The quantiles are of held-out parts where the cluster has some, else of its training members.
     """
@@ -102,7 +107,7 @@ def cluster_table(model: ClusterModel, train: Embedded, parts: CalibrationParts)
         rows.append(
             {
                 "id": k,
-                "name": f"cluster-{k}",
+                "name": names[k] if names else f"cluster-{k}",
                 "n": int((members == k).sum()),
                 "radius": float(model.cluster_radius[k]),
                 "q50": q50,

@@ -33,13 +33,14 @@ class Skipped:
 class Dataset:
     """All images of one set, decoded and brought to the encoder's size.
 
-    `pixels`: (N, h, w, 3 or 1) uint8, BGR or grey (float32 with `resize: matmul`). `labels`: (N,) index into `classes`, or None.
-    `groups`: (N,) numbers; images of one group are never split. `good`: (N,) known or presumed good.
+    `pixels`: (N, h, w, 3 or 1) uint8, BGR or grey (float32 with `resize: matmul`). `known`: (N,) index into `classes`, -1 where an
+    image lies in no class folder; `labels`: the same where all are known, else None: what scores are computed from. `groups`: (N,)
+    numbers; images of one group are never split. `good`: (N,) known or presumed good.
     """
 
     pixels: Tensor
     items: list[Item]
-    labels: NDArray[np.int64] | None
+    known: NDArray[np.int64]
     classes: list[str]
     groups: NDArray[np.int64]
     good: NDArray[np.bool_]
@@ -50,6 +51,11 @@ class Dataset:
 
     def __len__(self) -> int:
         return len(self.items)
+
+    @property
+    def labels(self) -> NDArray[np.int64] | None:
+        """Index into `classes` (N,) where every image has a class, else None."""
+        return self.known if self.classes and bool((self.known >= 0).all()) else None
 
     @property
     def names(self) -> list[str]:
@@ -131,9 +137,7 @@ def _assemble(images: ImageSet, settings: DataSettings, decoded: _Decoded) -> Da
     return Dataset(
         pixels=torch.stack(rows),
         items=decoded.items,
-        labels=np.array([index[label] for label in labels if label is not None])
-        if classes and None not in labels
-        else None,
+        known=np.array([-1 if label is None else index[label] for label in labels]),
         classes=classes,
         groups=np.array([group_ids[group] for group in decoded.groups]),
         good=np.array([_is_good(label, settings.good) if known_good else True for label in labels]),

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import csv
 import hashlib
 import json
+import shutil
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -25,10 +27,9 @@ from trainer.errors import DataError
 from trainer.frozen_features import frozen_features
 from trainer.golden import choose, save_images
 from trainer.images import open_images
-from trainer.learner import Learner, LearnerOptions
+from trainer.learner import SCRATCH, Learner, LearnerOptions, Supervision
 from trainer.loop import METRICS, Loop, append_metrics
 from trainer.methods import METHODS, Method
-from trainer.model import ClusterModel
 from trainer.novelty import NoveltySettings
 from trainer.progress import Progress, Silent
 from trainer.provenance import Outcome, describe
@@ -73,15 +74,17 @@ def fit(config: str | Path | TrainSettings, options: FitOptions | None = None) -
         torch.manual_seed(settings.train.seed)
         options.progress.say(f"reading {settings.data.path}")
         dataset, split = _load(settings, options.progress)
-        learner, frozen = _prepare(settings, dataset, split, device)
+        learner, frozen = _prepare(settings, (dataset, split), device, folder)
         method, earlier_s = _train(settings, learner, (dataset, split), folder, options)
-        run, outcome = _finish(settings, learner.model.eval(), frozen, dataset, split)
+        run, outcome = _finish(settings, method, frozen, (dataset, split))
     run.metrics |= method.figures()  # the same dictionary as run.info["metrics"]
-    run.info["train"]["warnings"] = method.warnings()
+    run.info["train"] |= {"warnings": method.warnings(), "refusal": method.refusal()}
+    shutil.rmtree(folder / SCRATCH, ignore_errors=True)
     started_s -= earlier_s
     run.info["train"]["minutes"] = round((time.monotonic() - started_s) / 60, 2)
     save_images([outcome.dataset.items[n] for n in choose(run.model, outcome.z)], folder / "golden")
     append_metrics(folder, {"stage": "result", **run.metrics})
+    _write_review(method.review(), outcome, folder / "review.csv")
     save_run(run, folder, outcome.assignments())
     write_report(run, dataset.skipped, folder / "report.html")
     (folder / "checkpoints" / NAME).unlink(missing_ok=True)
@@ -139,9 +142,10 @@ def _distinct(dataset: Dataset, split: Split, enough: int) -> int:
 
 
 def _prepare(
-    settings: TrainSettings, dataset: Dataset, split: Split, device: torch.device
+    settings: TrainSettings, data: tuple[Dataset, Split], device: torch.device, folder: Path
 ) -> tuple[Learner, torch.Tensor | None]:
     """The untrained model on its training images, and the outputs of its frozen part for all images."""
+    dataset, split = data
     model = build_model(settings, (dataset.pixels.shape[1], dataset.pixels.shape[2]), len(split.train)).to(device)
     model.eval()
     model.encoder.load_pretrained()
@@ -152,13 +156,27 @@ def _prepare(
     of_train = None if frozen is None else frozen[train.to(device)]
     if of_train is not None:
         model.encoder.fit_stem(of_train)
-    how = LearnerOptions(settings.train.seed, settings.augment, settings.train.precision)
-    return Learner(model, pixels, how, of_train), frozen
+    how = LearnerOptions(settings.train.seed, settings.augment, settings.train.precision, folder)
+    supervision = None
+    if METHODS[settings.method.name].is_supervised:
+        supervision = Supervision(torch.from_numpy(dataset.known[split.train]), tuple(dataset.classes))
+    return Learner(model, pixels, how, of_train, supervision), frozen
+
+
+def _write_review(rows: Sequence[tuple[int, str]], outcome: Outcome, path: Path) -> None:
+    """review.csv: what the method wants an engineer to look at; no file where there is nothing."""
+    path.unlink(missing_ok=True)
+    if rows:
+        names, train = outcome.dataset.names, outcome.split.train
+        with path.open("w", newline="", encoding="utf-8") as file:
+            csv.writer(file).writerows([("file", "reason"), *((names[train[n]], reason) for n, reason in rows)])
 
 
 def _finish(
-    settings: TrainSettings, model: ClusterModel, frozen: torch.Tensor | None, dataset: Dataset, split: Split
+    settings: TrainSettings, method: Method, frozen: torch.Tensor | None, data: tuple[Dataset, Split]
 ) -> tuple[Run, Outcome]:
+    dataset, split = data
+    model = method.learner.model.eval()
     z = model.embed_dataset(dataset.pixels) if frozen is None else model.embed_frozen(frozen)
 
     def embedded(index: NDArray[np.int64]) -> Embedded:
@@ -169,7 +187,9 @@ def _finish(
     parts = finish(model, train, *held_out)
     calibration = set_calibration(model, parts, settings.calibration or NoveltySettings())
     outcome = Outcome.of(model, dataset, split, z)
-    info = describe(settings, model, outcome, parts, calibration, cluster_table(model, train, parts))
+    info = describe(
+        settings, model, outcome, parts, calibration, cluster_table(model, train, parts, method.cluster_names())
+    )
     return Run(None, settings, model, parts, info, info["metrics"]), outcome
 
 

@@ -3,38 +3,61 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from trainer.augment import AugmentSettings, augment
 from trainer.errors import DataError
+from trainer.feature_store import FeatureStore
 from trainer.model import PREDICT_BATCH, ClusterModel, evaluating
+
+SCRATCH = "scratch"  # in the run folder while it trains
 
 
 @dataclass(frozen=True)
 class LearnerOptions:
-    """`precision: bf16` runs the training batches' encoder and decoder in bfloat16; losses, distances and full passes stay float32."""
+    """`precision: bf16` runs the training batches' encoder and decoder in bfloat16; losses, distances and full passes stay float32.
+
+    `folder`: the run's, for arrays too large to hold twice and for what a method logs; None: memory only.
+    """
 
     seed: int
     augment: AugmentSettings = field(default_factory=AugmentSettings)
     precision: str = "fp32"
+    folder: Path | None = None
+
+
+@dataclass(frozen=True)
+class Supervision:
+    """The labels of the training samples (N,), -1: unknown, and the names of the classes. Only methods that are supervised get it."""
+
+    labels: Tensor
+    classes: tuple[str, ...]
 
 
 class Learner:
     """`pixels`: (N, h, w, 3 or 1) training pixels; `frozen` (N, F): what the encoder's frozen part gives for them, where it has one; the stem is fitted.
 
-    `decoder`: where the encoder has one and something needs it, else None.
+    `decoder`: where the encoder has one and something needs it, else None. `supervision`: of a supervised method, else None.
     """
 
     def __init__(
-        self, model: ClusterModel, pixels: Tensor, options: LearnerOptions, frozen: Tensor | None = None
+        self,
+        model: ClusterModel,
+        pixels: Tensor,
+        options: LearnerOptions,
+        frozen: Tensor | None = None,
+        supervision: Supervision | None = None,
     ) -> None:
         self.model, self.options, self.seed = model, options, options.seed
         self.device = model.centroids.device
         self.pixels = pixels.to(self.device)
         self.decoder: nn.Module | None = None
+        self.supervision = supervision
         self._inputs = None if frozen is None else self._stem(frozen)
 
     def __len__(self) -> int:
@@ -93,10 +116,26 @@ class Learner:
     @torch.no_grad()
     def all_features(self) -> Tensor:
         """Features (N, F) of all training samples as they are, in eval mode."""
+        return torch.cat([rows for _, rows in self.feature_batches()])
+
+    @torch.no_grad()
+    def feature_batches(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Indices (B,) and features (B, F) of all training samples, in order, in eval mode."""
         encoder = self.model.encoder
-        indices = torch.arange(len(self), device=self.device)
         with evaluating(encoder):
-            return torch.cat([encoder.head(self._clean(part)) for part in indices.split(PREDICT_BATCH)])
+            for index in torch.arange(len(self), device=self.device).split(PREDICT_BATCH):
+                yield index, encoder.head(self._clean(index))
+
+    @torch.no_grad()
+    def stored_features(self, name: str) -> FeatureStore:
+        """Features (N, F) of all training samples as they are, in eval mode, in a file `name` of the run's scratch folder where it has one."""
+        folder = self.options.folder
+        store = FeatureStore(
+            len(self), self.model.encoder.out_dim, None if folder is None else folder / SCRATCH / f"{name}.f32"
+        )
+        for index, rows in self.feature_batches():
+            store.write(index, rows)
+        return store
 
     @torch.no_grad()
     def all_latents(self) -> Tensor:

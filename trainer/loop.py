@@ -54,7 +54,7 @@ class Loop:
             stage.begin()
         if stage.epochs == 0:
             return
-        optimizer = stage.optimizer.build(stage.parameters)
+        optimizer = stage.optimizer.build(stage.parameters, stage.renewed)
         steps = self._steps(stage)
         first = 0
         if checkpoint is not None:
@@ -101,18 +101,21 @@ class Loop:
         self, number: int, stage: Stage, optimizer: torch.optim.Optimizer, epoch: int, steps: int, first: int
     ) -> float:
         """Runs steps `first` to `steps` of one epoch and returns their mean loss."""
+        if first == 0:
+            # A checkpoint at step 0 of an epoch is of the state before this hook: resumed, the epoch calls it again.
+            self._leave_if_interrupted(number, stage, epoch * steps, optimizer)
+            torch.manual_seed(_mix(self.learner.seed, number, epoch, 2))
+            stage.before_epoch(epoch, optimizer)
         generator = torch.Generator().manual_seed(_mix(self.learner.seed, number, epoch))
-        batches = torch.randperm(len(self.learner), generator=generator).to(self.learner.device).tensor_split(steps)
+        order = stage.order(generator) if stage.order else torch.randperm(len(self.learner), generator=generator)
+        batches = order.to(self.learner.device).tensor_split(steps)
         for module in stage.modules:
             module.train()
         total = torch.zeros((), device=self.learner.device)
         for position in range(first, steps):
             step = epoch * steps + position
-            if self.interrupted.is_set():
-                self._save(number, step, optimizer)
-                raise InterruptedTraining(
-                    f"interrupted in stage {stage.name}, epoch {epoch + 1}; the checkpoint is saved"
-                )
+            if position > 0:
+                self._leave_if_interrupted(number, stage, step, optimizer)
             torch.manual_seed(_mix(self.learner.seed, number, step, 1))
             stage.before_step(step)
             loss = stage.loss(batches[position])
@@ -124,6 +127,13 @@ class Loop:
         for module in stage.modules:
             module.eval()
         return float(total) / max(1, steps - first)
+
+    def _leave_if_interrupted(self, number: int, stage: Stage, step: int, optimizer: torch.optim.Optimizer) -> None:
+        """Saves what is needed to go on with `step`, and raises, where Ctrl-C was pressed."""
+        if self.interrupted.is_set():
+            self._save(number, step, optimizer)
+            epoch = step // self._steps(stage) + 1
+            raise InterruptedTraining(f"interrupted in stage {stage.name}, epoch {epoch}; the checkpoint is saved")
 
     def _log(self, stage: str, epoch: int, figures: dict[str, float]) -> None:
         append_metrics(self.folder, {"stage": stage, "epoch": epoch, **figures})

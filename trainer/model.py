@@ -59,6 +59,16 @@ class ClusterModel(nn.Module):
         """K."""
         return self.centroids.shape[0]
 
+    @torch.no_grad()
+    def set_centroids(self, mu: Tensor) -> None:
+        """Takes centroids mu (K, D); another K than before is that of a method which finds it, and empties means and radii."""
+        if len(mu) == self.n_clusters:
+            self.centroids.copy_(mu)
+            return
+        self.centroids = nn.Parameter(mu.detach().to(self.centroids).clone())
+        self.cluster_mean = torch.zeros_like(self.centroids.data)
+        self.cluster_radius = torch.ones(len(mu)).to(self.centroids)
+
     def embed_pixels(self, pixels: Tensor) -> Tensor:
         """Embedding (B, D) of pixels (B, h, w, 3 or 1) that went through `preprocess.geometry`."""
         return self.projection(self.encoder(self.preprocess.normalise(pixels)))

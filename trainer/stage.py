@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from pydantic import Field
@@ -26,12 +26,16 @@ class OptimizerSettings(Settings):
     decay: float = Field(0.1, gt=0, le=1)
     decay_every_epochs: int = Field(0, ge=0)
 
-    def build(self, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
-        """An optimizer over `parameters`."""
+    def build(self, parameters: list[nn.Parameter], renewed: list[nn.Parameter] | None = None) -> torch.optim.Optimizer:
+        """An optimizer over `parameters`; SGD moves the `renewed` ones, which start anew now and then, without momentum."""
         if self.kind == "adam":
             # fused: one pass over memory instead of four; the parameters of small encoders are what a CPU waits for.
-            return torch.optim.Adam(parameters, self.lr, weight_decay=self.weight_decay, fused=True)
-        return torch.optim.SGD(parameters, self.lr, momentum=self.momentum, weight_decay=self.weight_decay)
+            return torch.optim.Adam(
+                [*parameters, *(renewed or [])], self.lr, weight_decay=self.weight_decay, fused=True
+            )
+        groups: list[dict[str, Any]] = [{"params": parameters}]
+        groups += [{"params": renewed, "momentum": 0.0}] if renewed else []
+        return torch.optim.SGD(groups, self.lr, momentum=self.momentum, weight_decay=self.weight_decay)
 
     def lr_at(self, epoch: int) -> float:
         """The learning rate in `epoch` (from 0)."""
@@ -52,6 +56,9 @@ def _nothing() -> None: ...
 def _no_step(step: int) -> None: ...
 
 
+def _no_epoch(epoch: int, optimizer: torch.optim.Optimizer) -> None: ...
+
+
 def _no_batch(index: Tensor) -> None: ...
 
 
@@ -65,7 +72,9 @@ class Stage:
 
     `begin` runs once when the stage starts, not when it is resumed; `before_step(step)` before every step, counted from 0 over the
     stage; `after_step(index)` after it, with the step's samples; `after_epoch(epoch)` may stop the stage; `end` runs after
-    the last epoch. `modules` are put into training mode.
+    the last epoch. `modules` are put into training mode. `before_epoch(epoch, optimizer)` runs first in every epoch, `order(generator)`
+    then says which samples (M,) it shows, in which order (None: all, shuffled), and is split into as many batches as ever. `renewed`
+    are further parameters, which `before_epoch` may start anew.
     """
 
     name: str
@@ -80,3 +89,6 @@ class Stage:
     after_step: Callable[[Tensor], None] = _no_batch
     after_epoch: Callable[[int], EpochReport] = _go_on
     end: Callable[[], None] = _nothing
+    before_epoch: Callable[[int, torch.optim.Optimizer], None] = _no_epoch
+    order: Callable[[torch.Generator], Tensor] | None = None
+    renewed: list[nn.Parameter] = field(default_factory=list)

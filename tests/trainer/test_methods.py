@@ -24,6 +24,11 @@ EXTRA = {
     "dcn": "{name: dcn, n_clusters: 3, n_init: 3, epochs: 2, kmeans_every_epochs: 2}",
     "centering": "{name: centering, n_clusters: 3, n_init: 3, epochs: 2, restarts: 1}",
     "dekm": "{name: dekm, n_clusters: 3, n_init: 3, epochs: 2, refresh_steps: 2}",
+    "deepcluster": "{name: deepcluster, n_clusters: 3, n_init: 3, epochs: 2, pseudo_clusters: 8}",
+    "deepcluster_v2": "{name: deepcluster_v2, n_clusters: 3, n_init: 3, epochs: 2, pseudo_clusters: 8, projector: [16, 8]}",
+    "deepcluster_mixture": "{name: deepcluster_mixture, n_clusters: 6, epochs: 3, relabel_every_epochs: 1, spread: 0.1}",
+    "lcc": "{name: lcc, n_clusters: 3, epochs: 3, neighbours: 3, optimizer: {kind: adam, lr: 0.01}}",
+    "stochastic_quantization": "{name: stochastic_quantization, n_clusters: 3, triplet: {epochs: 2, classes_per_batch: 3}}",
     "dkm": "{name: dkm, n_clusters: 3, n_init: 3, rounds: 2, epochs_per_alpha: 1}",
 }
 

@@ -12,7 +12,12 @@ from trainer.splits import Shares, split_by_group
 def dataset(groups: list[int], good: list[bool] | None = None) -> Dataset:
     n = len(groups)
     return Dataset(
-        torch.zeros(n, 1, 1, 1), [None] * n, None, [], np.array(groups), np.array(good if good else [True] * n)
+        torch.zeros(n, 1, 1, 1),
+        [None] * n,
+        np.full(n, -1),
+        [],
+        np.array(groups),
+        np.array(good if good else [True] * n),
     )  # type: ignore[list-item]
 
 

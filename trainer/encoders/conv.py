@@ -14,15 +14,22 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from trainer.encoders.base import Encoder, EncoderSettings, Shape
+from trainer.encoders.sobel import CHANNELS as SOBEL_CHANNELS
+from trainer.encoders.sobel import Sobel
 from trainer.errors import DataError
 
 
 class ConvSettings(EncoderSettings):
-    """Channels of the three layers and the size of the embedding."""
+    """Channels of the three layers and the size of the embedding; `sobel` shows it edges instead of colours.
+
+    `batch_norm` after each convolution: for methods that train without a reconstruction, from scratch.
+    """
 
     name: Literal["conv"] = "conv"
     channels: tuple[int, int, int] = (32, 64, 128)
     dim: int = Field(10, ge=1)
+    sobel: bool = False
+    batch_norm: bool = False
 
 
 class ConvEncoder(Encoder):
@@ -39,16 +46,19 @@ class ConvEncoder(Encoder):
                 f"encoder conv halves the image three times, but its input is {width}x{height}, expected at least 8x8; use encoder mlp"
             )
         a, b, c = settings.channels
-        self.conv1 = nn.Conv2d(channels, a, 5, stride=2, padding=2)
+        self.front = Sobel() if settings.sobel else nn.Identity()
+        self.conv1 = nn.Conv2d(SOBEL_CHANNELS if settings.sobel else channels, a, 5, stride=2, padding=2)
         self.conv2 = nn.Conv2d(a, b, 5, stride=2, padding=2)
         self.conv3 = nn.Conv2d(b, c, 3, stride=2, padding=1)
+        self.norms = nn.ModuleList(nn.BatchNorm2d(n) if settings.batch_norm else nn.Identity() for n in (a, b, c))
         self.inner = (c, -(-height // 8), -(-width // 8))  # after three halvings, rounded up
         self.out_dim = settings.dim
         self.linear = nn.Linear(self.inner[0] * self.inner[1] * self.inner[2], settings.dim)
 
     def head(self, x: Tensor) -> Tensor:
-        for layer in (self.conv1, self.conv2, self.conv3):
-            x = torch.relu(layer(x))
+        x = self.front(x)
+        for layer, norm in zip((self.conv1, self.conv2, self.conv3), self.norms, strict=True):
+            x = torch.relu(norm(layer(x)))
         return self.linear(x.flatten(1))
 
     def build_decoder(self) -> nn.Module:

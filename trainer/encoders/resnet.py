@@ -10,21 +10,30 @@ from itertools import pairwise
 from typing import Literal
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from trainer.encoders.base import Encoder, EncoderSettings, Shape
 from trainer.encoders.conv import ConvDecoder
+from trainer.encoders.sobel import CHANNELS as SOBEL_CHANNELS
+from trainer.encoders.sobel import Sobel
 from trainer.encoders.weights import load_weights
 
 
 class ResNetSettings(EncoderSettings):
-    """`dim` None: the 512 pooled features themselves."""
+    """`dim` None: the 512 pooled features themselves. `sobel` shows it edges instead of colours (then without `weights`)."""
 
     name: Literal["resnet"] = "resnet"
     dim: int | None = Field(None, ge=1)
     weights: str | None = Field(None, description="a safetensors file with torchvision's key names; its input is RGB")
     trainable: bool = True
+    sobel: bool = False
+
+    @model_validator(mode="after")
+    def _weights_expect_colours(self) -> ResNetSettings:
+        if self.sobel and self.weights is not None:
+            raise ValueError(f"sobel is true, but weights {self.weights} expect colours; leave one of them out")
+        return self
 
 
 class Block(nn.Module):
@@ -56,7 +65,8 @@ class ResNetEncoder(Encoder):
 
     def __init__(self, settings: ResNetSettings, shape: Shape) -> None:
         super().__init__(settings, shape)
-        self.conv1 = nn.Conv2d(shape[0], 64, 7, 2, 3, bias=False)
+        self.front = Sobel() if settings.sobel else nn.Identity()
+        self.conv1 = nn.Conv2d(SOBEL_CHANNELS if settings.sobel else shape[0], 64, 7, 2, 3, bias=False)
         self.bn1 = nn.BatchNorm2d(64)
         self.maxpool = nn.MaxPool2d(3, 2, 1)
         widths = (64, 64, 128, 256, 512)
@@ -70,7 +80,7 @@ class ResNetEncoder(Encoder):
         self.requires_grad_(settings.trainable)
 
     def head(self, x: Tensor) -> Tensor:
-        x = self.maxpool(torch.relu(self.bn1(self.conv1(x))))
+        x = self.maxpool(torch.relu(self.bn1(self.conv1(self.front(x)))))
         for n in range(1, 5):
             x = self.get_submodule(f"layer{n}")(x)
         return self.embed(x.mean((2, 3)))

@@ -23,11 +23,15 @@ class MethodSettings(Settings):
 
 
 class Method:
-    """A method on one learner. `title` is what `dkm-train methods` prints; `needs_decoder`: the reconstruction stays in the loss."""
+    """A method on one learner. `title` is what `dkm-train methods` prints; `needs_decoder`: the reconstruction stays in the loss.
+
+    `is_supervised`: it learns from class folders, and only then are they in `learner.supervision`.
+    """
 
     Settings: ClassVar[type[MethodSettings]]
     title: ClassVar[str]
     needs_decoder: ClassVar[bool] = False
+    is_supervised: ClassVar[bool] = False
 
     def __init__(self, settings: MethodSettings, learner: Learner, batch_size: int) -> None:
         self.settings, self.learner, self.batch_size = settings, learner, batch_size
@@ -56,6 +60,18 @@ class Method:
     def warnings(self) -> list[str]:
         """What an engineer must know before using this run; empty where there is nothing."""
         return []
+
+    def refusal(self) -> str | None:
+        """Why this run must not be exported, once it has finished; None where it may."""
+        return None
+
+    def review(self) -> list[tuple[int, str]]:
+        """Training samples that an engineer should look at, by index, with the reason; empty where there are none."""
+        return []
+
+    def cluster_names(self) -> list[str] | None:
+        """A name for each cluster, where the method knows what it is; None: numbered."""
+        return None
 
     def state(self) -> dict[str, Tensor]:
         """Tensors to keep in a checkpoint beside the model's; `load_state` takes them back."""

@@ -21,11 +21,12 @@ from trainer.convergence import Convergence
 from trainer.distance import nearest, squared_distances
 from trainer.learner import Learner
 from trainer.methods.dkm import soft_kmeans_loss
-from trainer.methods.trained import TrainedMethod, TrainedSettings
+from trainer.methods.staged import StagedSettings
+from trainer.methods.trained import TrainedMethod
 from trainer.stage import EpochReport, OptimizerSettings
 
 
-class CenteringSettings(TrainedSettings):
+class CenteringSettings(StagedSettings):
     """`init: random` starts from random samples; `restarts` k-means runs from new seeds at each epoch's end beside the warm one."""
 
     name: Literal["centering"] = "centering"

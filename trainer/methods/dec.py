@@ -21,11 +21,12 @@ from trainer.convergence import Convergence
 from trainer.distance import nearest, squared_distances
 from trainer.learner import Learner
 from trainer.methods.base import MethodSettings
-from trainer.methods.trained import TrainedMethod, TrainedSettings
+from trainer.methods.staged import StagedSettings
+from trainer.methods.trained import TrainedMethod
 from trainer.stage import OptimizerSettings
 
 
-class SelfTrainingSettings(TrainedSettings):
+class SelfTrainingSettings(StagedSettings):
     """What dec and idec share. `t_dof` is the paper's alpha, `refresh_steps` its T (None: half an epoch).
 
     `length_scale: auto` is the root mean squared distance to the own centroid at the start.

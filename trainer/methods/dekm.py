@@ -19,13 +19,13 @@ from torch import Tensor
 from trainer.clustering.recluster import recluster
 from trainer.convergence import Convergence
 from trainer.distance import nearest
-from trainer.errors import DataError
 from trainer.learner import Learner
-from trainer.methods.trained import TrainedMethod, TrainedSettings
+from trainer.methods.staged import StagedSettings
+from trainer.methods.trained import TrainedMethod
 from trainer.stage import OptimizerSettings
 
 
-class DEKMSettings(TrainedSettings):
+class DEKMSettings(StagedSettings):
     """`refresh_steps` between two k-means; `restarts` of it from new seeds beside the one from the last centroids."""
 
     name: Literal["dekm"] = "dekm"
@@ -46,11 +46,7 @@ class DEKM(TrainedMethod):
 
     def __init__(self, settings: DEKMSettings, learner: Learner, batch_size: int) -> None:
         super().__init__(settings, learner, batch_size)
-        if not self.parameters():
-            raise DataError(
-                f"method.name is dekm, which moves the embeddings, but encoder {learner.model.encoder.settings.name} is frozen; "
-                f"expected a trainable encoder, or projection.learn: true with projection.kind pca or within"
-            )
+        self.need_trainable(or_projection=True)
         self.epochs = settings.epochs
         self.convergence = Convergence(len(learner), settings.n_clusters, settings.tol, settings.refresh_steps)
         dim = learner.model.projection.out_dim

@@ -23,14 +23,15 @@ from trainer.convergence import Convergence
 from trainer.distance import nearest, squared_distances
 from trainer.guards import MIN_CENTRE_SHARE
 from trainer.learner import Learner
-from trainer.methods.trained import TrainedMethod, TrainedSettings
+from trainer.methods.staged import StagedSettings
+from trainer.methods.trained import TrainedMethod
 from trainer.stage import EpochReport, OptimizerSettings
 
 FIRST_ALPHA, ANNEALED_ALPHAS = 0.1, 40
 MIN_SHARE = 0.5  # samples, of the whole set: a centroid with less gets no gradient worth the name
 
 
-class DKMSettings(TrainedSettings):
+class DKMSettings(StagedSettings):
     """`clustering_weight` is the paper's lambda, of sum-reduced losses.
 
     `epochs_per_alpha` of each value; a fixed alpha counts as `rounds` values. `scale_alpha` divides alpha by the median squared

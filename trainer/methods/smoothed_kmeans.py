@@ -23,7 +23,7 @@ from trainer.clustering.smoothing import Smoothed, SmoothingOptions, extend, smo
 from trainer.distance import nearest
 from trainer.learner import Learner
 from trainer.methods.base import Method
-from trainer.methods.trained import SeveralClustersSettings
+from trainer.methods.staged import SeveralClustersSettings
 
 
 class SmoothedKMeansSettings(SeveralClustersSettings):

@@ -1,0 +1,74 @@
+"""Features of all training samples, row i of sample i, always; in memory or in a file that is mapped into it.
+
+Pseudo-labels, kNN graphs and banks all index by sample. A shuffled pass, a batch that was left out or seen twice would scramble
+every label after it without a word, so a pass that is not whole is refused.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from trainer.errors import DataError
+
+
+class FeatureStore:
+    """(N, D) float32 on the CPU; `path`: the file it lies in (None: memory). The file is overwritten, and stays when the store is gone."""
+
+    def __init__(self, n: int, dim: int, path: Path | None = None) -> None:
+        self.path = path
+        if path is None:
+            self._rows = torch.empty(n, dim)
+        else:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                # The shape is fixed here: np.memmap grows the file at once, so a full disk speaks now and not in the last epoch.
+                mapped = np.memmap(path, np.float32, "w+", shape=(n, dim))
+            except OSError as error:
+                raise DataError(
+                    f"{path} cannot hold {n * dim * 4 / 1e6:.0f} MB of features: {error.strerror or error}"
+                ) from None
+            self._rows = torch.from_numpy(mapped)
+        self._seen = torch.zeros(n, dtype=torch.bool)
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def begin_pass(self) -> None:
+        """Forgets which rows were written; what they hold stays until it is written again."""
+        self._seen.zero_()
+
+    def write(self, index: Tensor, rows: Tensor) -> None:
+        """Rows (B, D) of samples `index` (B,), each once per pass.
+
+        Raises:
+            DataError: a sample comes a second time.
+        """
+        index = index.cpu()
+        if bool(self._seen[index].any()) or len(torch.unique(index)) < len(index):
+            raise DataError(
+                f"sample {int(index[self._seen[index]][0]) if self._seen[index].any() else int(index[0])} came twice in one pass "
+                f"over the features; expected every sample once, in any order"
+            )
+        self._seen[index] = True
+        self._rows[index] = rows.detach().float().cpu()
+
+    def rows(self, index: Tensor) -> Tensor:
+        """What the samples `index` (B,) hold."""
+        return self._rows[index.cpu()]
+
+    def whole(self) -> Tensor:
+        """All rows (N, D), in sample order; a view, not a copy.
+
+        Raises:
+            DataError: the pass missed samples.
+        """
+        if not bool(self._seen.all()):
+            missing = torch.nonzero(~self._seen)[:, 0]
+            raise DataError(
+                f"{len(missing)} of {len(self)} samples have no features (the first: {int(missing[0])}); expected one whole pass"
+            )
+        return self._rows
