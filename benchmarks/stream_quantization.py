@@ -1,12 +1,12 @@
 """A stream too long to hold: stochastic quantization and mini-batch k-means in one pass, against Lloyd on a sample of it.
 
-    python -m benchmarks.stream_quantization                                         # 10 M vectors, the table of the documentation
+    python -m benchmarks.stream_quantization                                         # 10 M vectors, some 20 minutes on a busy machine
     python -m benchmarks.stream_quantization --n 500000 --sample 100000 --seed 1     # a few minutes
 
 The stream is a mixture of K Gaussians with log-normal weights, drawn batch by batch from the seed and never stored. Seconds are those
 of learning, each in a process of its own; drawing the stream is measured apart. Memory is the resident set's growth over a pass, in all
 (with what the libraries take at first use) and after the first tenth. The objective is the mean squared distance of 100,000 vectors of
-the same mixture that none has seen. Lloyd (one start by k-means++, `faiss` where installed) sees the stream's first `--sample` vectors;
+the same mixture that none has seen. Lloyd (one start, at most 100 iterations) sees the stream's first `--sample` vectors;
 its seconds are those of the iterations alone, extrapolated linearly to the whole stream as if it took as many iterations there.
 """
 

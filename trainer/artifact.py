@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -194,9 +195,14 @@ def _labels_template(clusters: list[dict[str, Any]]) -> str:
         "# verdict: pass | review | reject; without one, the line's default applies.",
         "clusters:",
     ]
-    return (
-        "\n".join(lines + [f"  {row['id']}: {{name: {row['name']}}}    # {row['n']} images" for row in clusters]) + "\n"
-    )
+    lines += [f"  {row['id']}: {{name: {_scalar(row['name'])}}}    # {row['n']} images" for row in clusters]
+    return "\n".join(lines) + "\n"
+
+
+def _scalar(name: str) -> str:
+    """A name as YAML reads it back: a class may be called 0, 1e3 or no, or hold a comma."""
+    is_plain = re.fullmatch(r"[^\W\d_][\w-]*", name) is not None and yaml.safe_load(name) == name
+    return name if is_plain else json.dumps(name, ensure_ascii=False)
 
 
 def _tensors(module: torch.nn.Module, prefix: str) -> dict[str, Tensor]:

@@ -23,8 +23,8 @@ class FeatureStore:
         if path is None:
             self._rows = torch.empty(n, dim)
         else:
-            path.parent.mkdir(parents=True, exist_ok=True)
             try:
+                path.parent.mkdir(parents=True, exist_ok=True)
                 # The shape is fixed here: np.memmap grows the file at once, so a full disk speaks now and not in the last epoch.
                 mapped = np.memmap(path, np.float32, "w+", shape=(n, dim))
             except OSError as error:

@@ -42,10 +42,13 @@ class LayerTap:
                 handle.remove()
             self._caught.clear()
 
+    def outputs(self, features: Tensor) -> list[Tensor]:
+        """What each layer gave in the pass that gave `features` (B, F), as it left the layer, with gradients."""
+        return [features if layer == FEATURES else self._caught[layer] for layer in self.layers]
+
     def rows(self, features: Tensor) -> list[Tensor]:
         """(B, D) of each layer for the pass that gave `features` (B, F), with gradients."""
-        found = [features if layer == FEATURES else self._caught[layer] for layer in self.layers]
-        return [_row(x) for x in found]
+        return [row_of(x) for x in self.outputs(features)]
 
     def _catcher(self, layer: str) -> Callable[[nn.Module, object, Tensor], None]:
         def catch(module: nn.Module, inputs: object, output: Tensor) -> None:
@@ -54,6 +57,7 @@ class LayerTap:
         return catch
 
 
-def _row(x: Tensor) -> Tensor:
+def row_of(x: Tensor) -> Tensor:
+    """(B, D), pooled and normalised, of a layer's output (B, D) or (B, D, h, w)."""
     pooled = x.flatten(2).mean(2) if x.ndim > 2 else x
     return nn.functional.layer_norm(pooled.float(), pooled.shape[1:])

@@ -14,7 +14,7 @@ from torch import Tensor
 def balanced(labels: Tensor, generator: torch.Generator) -> Tensor:
     """(N,) sample indices for labels (N,), -1: never drawn. Every label that occurs gets floor(N / labels) + 1 draws, the whole is cut to N.
 
-    A cluster smaller than its share is drawn with replacement, so a cluster of one sample fills as much of the epoch as any other.
+    A cluster smaller than its share comes several times over, so one of a single sample fills as much of the epoch as any other.
     """
     labels = labels.cpu()
     occurring = torch.unique(labels[labels >= 0])
@@ -44,26 +44,25 @@ def classes_by_images(labels: Tensor, classes: int, images: int, batches: int, g
     """(batches x classes x images,) sample indices for labels (N,), -1: never drawn; every batch holds `images` of each of `classes` classes.
 
     Fewer classes than asked for: all of them, with more images each, so that a batch keeps its size. Classes take turns, so each
-    comes equally often; a class with fewer images is drawn with replacement.
+    comes equally often; a class with fewer images gives them several times.
     """
     labels = labels.cpu()
     occurring = torch.unique(labels[labels >= 0])
     members = [torch.nonzero(labels == label)[:, 0] for label in occurring]
     per_batch = min(classes, len(occurring))
     each = -(-classes * images // per_batch)
-    turns = torch.cat(
-        [torch.randperm(len(members), generator=generator) for _ in range(-(-batches * per_batch // len(members)))]
-    )
+    turns = torch.zeros(len(members))
     rows = []
-    for batch in range(batches):
-        chosen = turns[batch * per_batch : (batch + 1) * per_batch].tolist()
-        drawn = torch.cat([_draw(members[label], each, generator) for label in chosen])
+    for _ in range(batches):
+        # Those that came least often so far; of equals, at random.
+        chosen = torch.argsort(turns + torch.rand(len(members), generator=generator) / 2)[:per_batch]
+        turns[chosen] += 1
+        drawn = torch.cat([_draw(members[label], each, generator) for label in chosen.tolist()])
         rows.append(drawn[: classes * images])
     return torch.cat(rows)
 
 
 def _draw(members: Tensor, count: int, generator: torch.Generator) -> Tensor:
-    """`count` of `members` (n,), without replacement while there are enough."""
-    if len(members) >= count:
-        return members[torch.randperm(len(members), generator=generator)[:count]]
-    return members[torch.randint(len(members), (count,), generator=generator)]
+    """`count` of `members` (n,); all of them come as often as they go into it, before any comes once more."""
+    rounds = [torch.randperm(len(members), generator=generator) for _ in range(-(-count // len(members)))]
+    return members[torch.cat(rounds)[:count]]

@@ -7,6 +7,7 @@ import pytest
 
 from configs import ConfigError
 from trainer import load_run
+from trainer.artifact import save_run
 from trainer.errors import ArtifactError
 
 
@@ -76,3 +77,12 @@ def test_another_schema_is_refused(copied_run: Path) -> None:
 def test_nothing_in_a_run_is_pickled(tiny_run_folder: Path) -> None:
     for path in (p for p in tiny_run_folder.rglob("*") if p.is_file()):
         assert path.read_bytes()[:2] not in {b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05", b"PK"}, path
+
+
+@pytest.mark.parametrize("name", ["0", "no", "1e3", "a, b", "{x}", "dent: deep", "Kratzer ü", "null", "#5", "-"])
+def test_a_class_may_have_any_name_and_the_template_reads_back(name: str, copied_run: Path) -> None:
+    run = load_run(copied_run)
+    run.info["clusters"][0]["name"] = name
+    (copied_run / "labels.yaml").unlink()
+    save_run(run, copied_run, [])
+    assert load_run(copied_run).clusters[0]["name"] == name

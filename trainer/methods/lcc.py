@@ -35,7 +35,7 @@ from trainer.clustering.representatives import (
 )
 from trainer.errors import DataError
 from trainer.feature_store import FeatureStore
-from trainer.layer_tap import FEATURES, LayerTap
+from trainer.layer_tap import FEATURES, LayerTap, row_of
 from trainer.learner import SCRATCH, Learner, Supervision
 from trainer.methods.base import MethodSettings
 from trainer.methods.head import head_state, load_head, own_draws
@@ -111,18 +111,20 @@ class LCC(StagedMethod):
             return _cross_entropy(self.head(self.learner.features(index)), y)
         with self.tap.listening():
             features = self.learner.features(index)
-            layers = self.tap.rows(features)
+            outputs = self.tap.outputs(features)
         ce = _cross_entropy(self.head(features), y)
-        pulls = [bank.loss(u, index) for bank, u in zip(self.banks, layers, strict=True)]
+        pulls = [bank.loss(row_of(output), index) for bank, output in zip(self.banks, outputs, strict=True)]
         self._pulls.append(sum(float(pull.detach()) for pull in pulls))
-        parts = [self._held(pull, ce, u) for pull, u in zip(pulls, layers, strict=True)]
+        parts = [self._held(pull, ce, output) for pull, output in zip(pulls, outputs, strict=True)]
         return ce + self.settings.weight * torch.stack(parts).mean()
 
-    def _held(self, pull: Tensor, ce: Tensor, u: Tensor) -> Tensor:
-        """`pull`, scaled down where its gradient at the layer u (B, D) is more than `max_pull` of the cross-entropy's."""
+    def _held(self, pull: Tensor, ce: Tensor, output: Tensor) -> Tensor:
+        """`pull`, scaled down where its gradient at the layer's `output` is more than `max_pull` of the cross-entropy's."""
         if float(pull.detach()) == 0.0:
             return pull
-        of_ce, of_pull = (torch.autograd.grad(cost, u, retain_graph=True, allow_unused=True)[0] for cost in (ce, pull))
+        of_ce, of_pull = (
+            torch.autograd.grad(cost, output, retain_graph=True, allow_unused=True)[0] for cost in (ce, pull)
+        )
         if of_ce is None or of_pull is None:
             return pull
         limit = self.settings.max_pull * float(of_ce.norm())

@@ -160,6 +160,7 @@ class StochasticQuantization(StagedMethod):
             rho0=options.rho0,
             decay=options.decay,
             init="random" if options.init == "random" else "++",
+            reseed=options.init != "classes",  # a centroid that restarts elsewhere would leave its class behind
         )
         quantizer = StochasticQuantizer(options.n_clusters, seed, how, self._class_samples(z))
         mu = quantizer.fit(z, options.passes).centroids

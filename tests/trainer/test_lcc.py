@@ -1,0 +1,166 @@
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from configs import load_text
+from tests.trainer.learning import KINDS, blob_learner, warped_blobs, write_blobs
+from trainer import FitOptions, Run, fit
+from trainer.errors import DataError
+from trainer.learner import Supervision
+from trainer.methods import METHODS
+from trainer.methods.ae_kmeans import AEKMeansSettings
+from trainer.methods.lcc import LCC, LCCSettings
+from trainer.settings import TrainSettings
+
+CLASSES = tuple("abcde")
+
+
+def labelled_learner(labels: torch.Tensor | None = None, per_kind: int = 40) -> Any:
+    learner = blob_learner(per_kind)
+    kinds = torch.from_numpy(warped_blobs(per_kind)[1])
+    learner.supervision = Supervision(kinds if labels is None else labels, CLASSES)
+    return learner
+
+
+def method(labels: torch.Tensor | None = None, **settings: Any) -> LCC:
+    return LCC(LCCSettings(**{"warmup_epochs": 0, **settings}), labelled_learner(labels), 40)
+
+
+def started(one: LCC, epoch: int = 0) -> LCC:
+    one.before_epoch(epoch, one.settings.optimizer.build(one.parameters()))
+    return one
+
+
+def fit_blobs(data: Path, out: Path, **settings: Any) -> Run:
+    options = {"name": "lcc", "epochs": 10, "optimizer": "{kind: adam, lr: 0.005}", **settings}
+    inner = ", ".join(f"{key}: {value}" for key, value in options.items())
+    text = f"""
+data: {{path: {data}}}
+preprocess: {{resize: none, color: gray}}
+encoder: {{name: mlp, hidden: [32], dim: 8}}
+pretrain: {{kind: none}}
+method: {{{inner}}}
+novelty: none
+train: {{batch_size: 50, device: cpu}}
+"""
+    return fit(load_text(TrainSettings, text, "lcc.yaml"), FitOptions(out=out))
+
+
+def test_clusters_are_named_by_the_class_that_owns_them_and_predict_it(tmp_path: Path) -> None:
+    data = write_blobs(tmp_path / "blobs.npz")
+    run = fit_blobs(data, tmp_path / "run")
+    owners = [row["name"].split("-")[0] for row in run.info["clusters"]]
+    assert set(owners) == {str(k) for k in range(KINDS)}
+    fresh, truth = warped_blobs(per_kind=80)
+    ids = run.model.predict(fresh[..., None])
+    assert np.mean([owners[k] == str(kind) for k, kind in zip(ids, truth, strict=True)]) > 0.95
+
+
+def test_planted_mislabels_come_first_in_the_list_for_review(tmp_path: Path) -> None:
+    images, kinds = warped_blobs(60)
+    planted = [3, 70, 130, 200]
+    swapped = kinds.copy()
+    swapped[planted] = (kinds[planted] + 1) % KINDS
+    np.savez(tmp_path / "blobs.npz", X=images, y=swapped)
+    fit_blobs(tmp_path / "blobs.npz", tmp_path / "run", epochs=4)
+    with (tmp_path / "run" / "review.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    listed = [int(row["file"].split("[")[1].rstrip("]")) for row in rows]
+    assert set(planted) <= set(listed) and len(listed) < 12
+    assert f"labelled {swapped[3]}, lies among {kinds[3]}" in [row["reason"] for row in rows]
+
+
+def test_the_log_of_communities_tells_the_share_of_well_placed_images_of_each_class(tmp_path: Path) -> None:
+    data = write_blobs(tmp_path / "blobs.npz")
+    fit_blobs(data, tmp_path / "run", epochs=3)
+    rows = [json.loads(line) for line in (tmp_path / "run" / "communities.jsonl").read_text().splitlines()]
+    assert [row["epoch"] for row in rows] == [1, 2]  # one epoch of warm-up
+    classes = rows[-1]["layers"][0]["classes"]
+    assert list(classes) == [str(k) for k in range(KINDS)]
+    assert all(entry["n"] == 80 and 0 <= entry["well_placed"] <= 1 for entry in classes.values())
+
+
+def test_before_the_warm_up_is_over_the_loss_is_the_cross_entropy_alone() -> None:
+    one = started(method(warmup_epochs=2), epoch=1)
+    index = torch.arange(30)
+    expected = torch.nn.functional.cross_entropy(one.head(one.learner.features(index)), one.y[index])
+    assert not one.banks and one.loss(index).item() == pytest.approx(expected.item())
+    assert started(one, epoch=2).banks
+
+
+def test_the_pull_is_added_with_its_weight_and_held_below_its_limit() -> None:
+    swapped = torch.from_numpy(warped_blobs(40)[1])
+    swapped[:6] = 1
+    free, held = (started(method(swapped, weight=100.0, max_pull=limit)) for limit in (1e9, 0.5))
+    index = torch.arange(40)
+    cross_entropy = torch.nn.functional.cross_entropy(free.head(free.learner.features(index)), free.y[index]).item()
+    assert free.loss(index).item() > cross_entropy + 1.0
+    assert cross_entropy < held.loss(index).item() < free.loss(index).item() / 2
+
+
+@pytest.mark.parametrize("arm", ["cross_entropy", "same_class", "lcc"])
+def test_the_arms_differ_in_what_they_pull(arm: str) -> None:
+    one = started(method(arm=arm))
+    pulled = int(one.banks[0].pulled.sum()) if one.banks else 0
+    assert {"cross_entropy": pulled == 0, "same_class": pulled == 200, "lcc": pulled < 100}[arm]
+
+
+def test_images_without_a_class_count_in_neither_loss() -> None:
+    labels = torch.from_numpy(warped_blobs(40)[1])
+    labels[::2] = -1
+    one = method(labels)
+    assert one.loss(torch.arange(0, 40, 2)).item() == 0.0
+    assert one.loss(torch.arange(1, 41, 2)).item() > 0.5
+    started(one)
+    assert bool(torch.isfinite(one.loss(torch.arange(40))))
+
+
+def test_several_layers_have_a_bank_each() -> None:
+    one = started(method(layers=("layers.0", "features")))
+    assert [bank.classes[0].z.shape[1] for bank in one.banks] == [16, 6]
+    one.loss(torch.arange(40)).backward()
+    assert one.learner.model.encoder.layers[0].weight.grad is not None
+
+
+@pytest.mark.parametrize("labels", [torch.full((200,), -1), torch.zeros(200, dtype=torch.int64)])
+def test_without_two_classes_the_setting_is_named(labels: torch.Tensor) -> None:
+    with pytest.raises(DataError, match=r"method.name is lcc.*data.path has [01] of them"):
+        method(labels)
+
+
+def test_a_folder_without_classes_is_refused_by_fit(tmp_path: Path) -> None:
+    np.savez(tmp_path / "blobs.npz", X=warped_blobs()[0])
+    with pytest.raises(DataError, match="one folder per class"):
+        fit_blobs(tmp_path / "blobs.npz", tmp_path / "run")
+
+
+def test_a_class_of_one_image_owns_nothing_and_is_said_to(tmp_path: Path) -> None:
+    images, kinds = warped_blobs(40)
+    kinds[0] = KINDS
+    np.savez(tmp_path / "blobs.npz", X=images, y=kinds)
+    run = fit_blobs(tmp_path / "blobs.npz", tmp_path / "run", epochs=2)
+    assert any("1 of 6 classes own no community" in text and "5" in text for text in run.info["train"]["warnings"])
+
+
+def test_an_unsupervised_method_never_sees_the_labels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: dict[str, bool] = {}
+    for name in ("ae_kmeans", "lcc"):
+        original = METHODS[name].init_centroids
+
+        def spy(self: Any, original: Any = original) -> None:
+            seen[self.settings.name] = self.learner.supervision is not None
+            original(self)
+
+        monkeypatch.setattr(METHODS[name], "init_centroids", spy)
+    data = write_blobs(tmp_path / "blobs.npz")
+    settings = fit_blobs(data, tmp_path / "lcc", epochs=1).settings
+    control = AEKMeansSettings(n_clusters=KINDS, n_init=1)
+    fit(settings.model_copy(update={"method": control}), FitOptions(out=tmp_path / "control"))
+    assert seen == {"lcc": True, "ae_kmeans": False}
