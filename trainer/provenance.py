@@ -48,12 +48,12 @@ class Outcome:
         parts = np.full(len(self.ids), "train", dtype="U11")
         for name in ("radius", "calibration", "left_out"):
             parts[getattr(self.split, name)] = name
-        labels = self.dataset.labels
+        known, classes = self.dataset.known, self.dataset.classes
         return [
             [
                 name,
                 str(parts[n]),
-                "" if labels is None else self.dataset.classes[labels[n]],
+                "" if known[n] < 0 else classes[known[n]],
                 int(self.ids[n]),
                 f"{self.distance[n]:.6g}",
                 f"{self.novelty_score[n]:.6g}",

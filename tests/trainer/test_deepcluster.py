@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import os
+import signal
 from pathlib import Path
 
 import numpy as np
@@ -9,8 +11,10 @@ from sklearn.metrics import normalized_mutual_info_score
 
 from tests.trainer.learning import blob_learner
 from tests.trainer.shapes import fit_shapes, write_shapes
+from trainer import FitOptions, fit
 from trainer.errors import CollapseError, DataError
 from trainer.feature_store import FeatureStore
+from trainer.loop import InterruptedTraining
 from trainer.methods.deepcluster import DeepCluster, DeepClusterSettings, merged, whitened
 from trainer.methods.pseudo_label import LOG
 
@@ -120,3 +124,27 @@ def test_the_log_says_how_much_the_labels_still_move() -> None:
     assert method.after_epoch(1).figures["nmi_previous"] == pytest.approx(1.0)  # the same groups under other numbers
     method.note(torch.arange(100) // 13, 8, 2, {})
     assert method.after_epoch(2).figures["nmi_previous"] < 0.5
+
+
+@pytest.mark.parametrize("where", ["relabel", "loss"])
+def test_ctrl_c_in_the_middle_of_an_epoch_loses_nothing(
+    where: str, shapes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    method = "{name: deepcluster, n_clusters: 3, n_init: 1, pseudo_clusters: 12, pca_dim: 8, epochs: 3}"
+    whole = fit_shapes(shapes, tmp_path / "whole", method, AUGMENT)
+    calls, original = [0], getattr(DeepCluster, where)
+
+    def pressing(self: DeepCluster, *arguments: object) -> object:
+        calls[0] += 1
+        if calls[0] == {"relabel": 2, "loss": 14}[where]:  # ten steps per epoch: the second epoch
+            os.kill(os.getpid(), signal.SIGINT)
+        return original(self, *arguments)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(DeepCluster, where, pressing)
+        with pytest.raises(InterruptedTraining, match="stage deepcluster, epoch 2"):
+            fit_shapes(shapes, tmp_path / "cut", method, AUGMENT)
+    resumed = fit(whole.settings, FitOptions(out=tmp_path / "cut", resume=True))
+    for a, b in zip(whole.model.state_dict().values(), resumed.model.state_dict().values(), strict=True):
+        assert torch.equal(a, b)
+    assert traced(tmp_path / "whole", shapes) == traced(tmp_path / "cut", shapes)

@@ -12,6 +12,7 @@ from trainer.encoders.feature_mlp import FeatureMLPSettings
 from trainer.encoders.mlp import MLPSettings
 from trainer.encoders.pretrained import PretrainedSettings
 from trainer.encoders.resnet import ResNetSettings
+from trainer.encoders.sobel import Sobel
 from trainer.errors import DataError
 
 WEIGHTS = Path("../shared/weights/squeezenet1_0-imagenet.safetensors")
@@ -146,3 +147,31 @@ def test_real_squeezenet_weights_load_and_stay_frozen() -> None:
     assert encoder.out_dim == 256 + 512 + 512
     assert not any(p.requires_grad for p in encoder.parameters()) and not encoder.is_trainable
     assert float(encoder(torch.randn(2, 3, 64, 64)).std()) > 0.01
+
+
+@pytest.mark.parametrize("settings", [ConvSettings(dim=5, sobel=True), ResNetSettings(dim=5, sobel=True)])
+def test_edges_in_place_of_colours_make_brightness_and_hue_invisible(settings: ConvSettings | ResNetSettings) -> None:
+    encoder = ENCODERS[settings.name](settings, (3, 32, 32)).eval()
+    x = torch.randn(2, 3, 32, 32)
+    brighter = x + torch.tensor([3.0, -1.0, 0.5])[:, None, None]
+    assert torch.allclose(encoder(x), encoder(brighter), atol=1e-4)
+    plain = ENCODERS[settings.name](settings.model_copy(update={"sobel": False}), (3, 32, 32)).eval()
+    assert not torch.allclose(plain(x), plain(brighter), atol=1e-4)
+
+
+def test_the_edge_filters_are_sobels_and_see_no_edge_at_the_border() -> None:
+    ramp = torch.arange(5.0).expand(1, 1, 5, 5)
+    horizontal, vertical = Sobel()(ramp)[0]
+    assert horizontal[:, 1:-1].flatten().tolist() == [-8.0] * 15 and not vertical.any()
+    assert not Sobel()(torch.ones(1, 3, 4, 4)).any()
+
+
+def test_weights_that_expect_colours_refuse_edges() -> None:
+    with pytest.raises(ValueError, match="sobel is true, but weights w.safetensors expect colours"):
+        ResNetSettings(weights="w.safetensors", sobel=True)
+
+
+def test_batch_norm_of_the_convolutions_is_off_unless_asked_for() -> None:
+    plain, normed = (ENCODERS["conv"](ConvSettings(dim=5, batch_norm=on), (1, 16, 16)) for on in (False, True))
+    count = [sum(isinstance(m, torch.nn.BatchNorm2d) for m in encoder.modules()) for encoder in (plain, normed)]
+    assert count == [0, 3]

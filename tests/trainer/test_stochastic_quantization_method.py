@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import csv
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,7 @@ import pytest
 import torch
 
 from configs import ConfigError, load_text
+from tests.images import write_png
 from tests.trainer.learning import KINDS, warped_blobs, write_blobs
 from tests.trainer.test_lcc import labelled_learner
 from trainer import FitOptions, Run, fit
@@ -116,3 +118,24 @@ def test_an_encoder_that_maps_all_to_one_point_stops_the_run() -> None:
             p.mul_(1e-4)
     with pytest.raises(CollapseError, match=r"guard spread.*method.triplet.margin"):
         one.after_epoch(1)
+
+
+def test_images_outside_of_class_folders_are_quantized_but_teach_nothing(tmp_path: Path) -> None:
+    images, kinds = warped_blobs(30)
+    rows = []
+    for n, (image, kind) in enumerate(zip(images, kinds, strict=True)):
+        name = write_png(tmp_path / f"{n:03}.png", image).name
+        rows.append(f"{name},{kind if n % 3 == 0 else ''}")
+    (tmp_path / "parts.csv").write_text("file,label\n" + "\n".join(rows) + "\n")
+    run = fitted(
+        tmp_path / "parts.csv",
+        tmp_path / "run",
+        "{name: stochastic_quantization, n_clusters: 5, init: classes, triplet: {epochs: 10}}",
+    )
+    names = [row["name"] for row in run.info["clusters"]]
+    assert names == [str(k) for k in range(KINDS)] and sum(row["n"] for row in run.info["clusters"]) == 150
+    ids = run.model.predict(images[..., None])
+    assert np.mean(ids == kinds) > 0.95
+    with (tmp_path / "run" / "assignments.csv").open() as file:
+        labels = [row["label"] for row in csv.DictReader(file)]
+    assert labels[:4] == ["0", "", "", "0"]
