@@ -26,3 +26,10 @@ def class_names(owners: Sequence[int], classes: Sequence[str], unowned: str = "u
         taken.add(unique)
         names.append(unique)
     return names
+
+
+def class_of(name: str, classes: Sequence[str]) -> int:
+    """The class that `class_names` gave this name for, -1 where none owns the cluster."""
+    own = [cls[-MAX_LENGTH:] for cls in classes]
+    base = name if name in own else name.rpartition("-")[0]
+    return own.index(base) if base in own else -1

@@ -16,7 +16,7 @@ from trainer.errors import DataError
 
 
 class FeatureStore:
-    """(N, D) float32 on the CPU; `path`: the file it lies in (None: memory). The file is overwritten, and stays when the store is gone."""
+    """(N, D) float32 on the CPU, filled by one pass; `path`: the file it lies in (None: memory), which is overwritten and stays."""
 
     def __init__(self, n: int, dim: int, path: Path | None = None) -> None:
         self.path = path
@@ -37,28 +37,21 @@ class FeatureStore:
     def __len__(self) -> int:
         return len(self._rows)
 
-    def begin_pass(self) -> None:
-        """Forgets which rows were written; what they hold stays until it is written again."""
-        self._seen.zero_()
-
     def write(self, index: Tensor, rows: Tensor) -> None:
-        """Rows (B, D) of samples `index` (B,), each once per pass.
+        """Rows (B, D) of samples `index` (B,), each once.
 
         Raises:
             DataError: a sample comes a second time.
         """
         index = index.cpu()
-        if bool(self._seen[index].any()) or len(torch.unique(index)) < len(index):
+        values, counts = index.unique(return_counts=True)
+        again = values[(counts > 1) | self._seen[values]]
+        if len(again):
             raise DataError(
-                f"sample {int(index[self._seen[index]][0]) if self._seen[index].any() else int(index[0])} came twice in one pass "
-                f"over the features; expected every sample once, in any order"
+                f"sample {int(again[0])} came twice in one pass over the features; expected every sample once, in any order"
             )
         self._seen[index] = True
         self._rows[index] = rows.detach().float().cpu()
-
-    def rows(self, index: Tensor) -> Tensor:
-        """What the samples `index` (B,) hold."""
-        return self._rows[index.cpu()]
 
     def whole(self) -> Tensor:
         """All rows (N, D), in sample order; a view, not a copy.

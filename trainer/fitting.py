@@ -117,6 +117,8 @@ def _load(settings: TrainSettings, progress: Progress) -> tuple[Dataset, Split]:
     split = (
         split_all_train(dataset) if novelty is None else split_by_group(dataset, novelty.shares, settings.train.seed)
     )
+    if METHODS[settings.method.name].finds_clusters:
+        return dataset, split
     if len(split.train) < settings.method.n_clusters:
         raise DataError(
             f"method.n_clusters is {settings.method.n_clusters}, but there are {len(split.train)} training images "

@@ -17,19 +17,27 @@ class LayerTap:
 
     Unnormalised maps differ in scale from layer to layer, and would need a weight each; unpooled ones are 25,000 numbers per image.
 
+    Args:
+        run: sends a batch through the encoder as training does, to see which modules speak: not all are called, and frozen ones only once.
+
     Raises:
-        DataError: the encoder has no such layer.
+        DataError: naming `setting`: the encoder has no such layer, or it gives nothing.
     """
 
-    def __init__(self, encoder: nn.Module, layers: Sequence[str], setting: str) -> None:
-        known = dict(encoder.named_modules())
-        missing = [layer for layer in layers if layer != FEATURES and layer not in known]
-        if missing:
-            there = ", ".join([FEATURES, *(name for name in known if name and name.count(".") < 2)])
-            raise DataError(f"{setting} names '{missing[0]}', which the encoder does not have, expected one of {there}")
+    def __init__(self, encoder: nn.Module, layers: Sequence[str], setting: str, run: Callable[[], object]) -> None:
         self.layers = tuple(layers)
-        self._modules = {layer: known[layer] for layer in layers if layer != FEATURES}
         self._caught: dict[str, Tensor] = {}
+        self._modules = {name: module for name, module in encoder.named_modules() if name}
+        with self.listening():
+            run()
+            speaking = {name: module for name, module in self._modules.items() if name in self._caught}
+        missing = [layer for layer in layers if layer != FEATURES and layer not in speaking]
+        if missing:
+            raise DataError(
+                f"{setting} names '{missing[0]}', which gives nothing while the encoder trains, expected one of "
+                f"{', '.join([FEATURES, *speaking])}"
+            )
+        self._modules = {layer: speaking[layer] for layer in layers if layer != FEATURES}
 
     @contextlib.contextmanager
     def listening(self) -> Iterator[None]:
@@ -52,7 +60,8 @@ class LayerTap:
 
     def _catcher(self, layer: str) -> Callable[[nn.Module, object, Tensor], None]:
         def catch(module: nn.Module, inputs: object, output: Tensor) -> None:
-            self._caught[layer] = output
+            if isinstance(output, Tensor):
+                self._caught[layer] = output
 
         return catch
 

@@ -51,6 +51,7 @@ class Loop:
     def run(self, number: int, stage: Stage, checkpoint: Checkpoint | None) -> None:
         """One stage, from its beginning or from a checkpoint inside it."""
         if checkpoint is None:
+            torch.manual_seed(_mix(self.learner.seed, number, 0, 3))  # whatever the stage before has drawn, or not
             stage.begin()
         if stage.epochs == 0:
             return

@@ -20,7 +20,8 @@ from safetensors.torch import load_file
 
 from benchmarks.accuracy.cifar import cifar_subset
 from benchmarks.table import SHARED, real_set, show_table
-from trainer.artifact import Run
+from trainer.artifact import Run, load_run
+from trainer.cluster_names import class_of
 from trainer.data import Dataset
 from trainer.loop import METRICS
 from trainer.methods.lcc import CLASSIFIER
@@ -59,7 +60,9 @@ def measure(data: str, arm: str, seed: int, out: Path, extra: list[str]) -> tupl
     settings, _ = load_base(
         config, [f"data.path={parts['train']}", f"train.seed={seed}", f"method.arm={arm}", *more, *extra]
     )
-    run = fit_or_reuse(settings, out / "lcc" / f"{data}-{arm}-{seed}", Terminal())
+    folder = out / "lcc" / f"{data}-{arm}-{seed}"
+    fit_or_reuse(settings, folder, Terminal())
+    run = load_run(folder)  # on the CPU, wherever it was learned
     data_settings = settings.data.model_copy(update={"path": str(parts["test"])})
     test = read_images(settings.model_copy(update={"data": data_settings}), Silent())
     rows = [json.loads(line) for line in (run.path / METRICS).read_text().splitlines()] if run.path else []
@@ -79,13 +82,8 @@ def _classifier(run: Run, test: Dataset) -> float:
 
 def _nearest(run: Run, test: Dataset) -> float:
     ids = run.model.assign(run.model.embed_dataset(test.pixels))[0].numpy()
-    owners = [_class_of(row["name"], test.classes) for row in run.info["clusters"]]
+    owners = [class_of(row["name"], test.classes) for row in run.info["clusters"]]
     return float((np.array(owners)[ids] == test.known).mean())
-
-
-def _class_of(name: str, classes: list[str]) -> int:
-    """Index of the class that a cluster's name stands for; classes with several clusters number them."""
-    return classes.index(name) if name in classes else classes.index(name.rpartition("-")[0])
 
 
 def main() -> None:

@@ -21,7 +21,7 @@ from sklearn.preprocessing import StandardScaler
 
 from benchmarks.accuracy.cifar import cifar_subset
 from benchmarks.table import show_table
-from trainer.artifact import Run
+from trainer.artifact import Run, load_run
 from trainer.methods.pseudo_label import LOG
 from trainer.model import evaluating
 from trainer.progress import Terminal
@@ -39,7 +39,9 @@ def measure(row: str, seed: int, out: Path, overrides: list[str]) -> list[object
     )
     if row == CONTROL:
         base = changed(base, {"method": {"name": "ae_kmeans", "n_clusters": 10}}, "the control")
-    run = fit_or_reuse(base, out / "cifar" / f"{row.replace(' ', '_')}-{seed}", Terminal())
+    folder = out / "cifar" / f"{row.replace(' ', '_')}-{seed}"
+    fit_or_reuse(base, folder, Terminal())
+    run = load_run(folder)  # on the CPU, wherever it was learned
     nmi = trace(run, np.load(base.data.path)["y"])
     shown = [nmi[0], nmi[len(nmi) // 2], nmi[-1]] if nmi else ["", "", ""]
     probe = linear_probe(run, out)

@@ -17,7 +17,8 @@ from numpy.typing import NDArray
 from sklearn.metrics import f1_score
 
 from benchmarks.table import real_set, show_table
-from trainer.artifact import Run
+from trainer.artifact import Run, load_run
+from trainer.cluster_names import class_of
 from trainer.clustering.kmeans import kmeans
 from trainer.data import Dataset
 from trainer.distance import nearest
@@ -38,17 +39,13 @@ def measure(share: float, seed: int, out: Path, extra: list[str]) -> list[object
         *extra,
     ]
     settings, _ = load_base("mnist_stochastic_quantization", overrides)
-    run = fit_or_reuse(settings, out / "quantization" / f"{share:g}-{seed}", Terminal())
+    folder = out / "quantization" / f"{share:g}-{seed}"
+    fit_or_reuse(settings, folder, Terminal())
+    run = load_run(folder)  # on the CPU, wherever it was learned
     train, test = (_part(run, part) for part in ("train", "test"))
     z, z_test = (run.model.embed_dataset(part.pixels) for part in (train, test))
     centroids = run.model.centroids.detach()
-    names = [row["name"] for row in run.info["clusters"]]
-    owners = np.array(
-        [
-            train.classes.index(name.rpartition("-")[0] or name) if name.rpartition("-")[0] != "unsure" else -1
-            for name in names
-        ]
-    )
+    owners = np.array([class_of(row["name"], train.classes) for row in run.info["clusters"]])
     by_kmeans = kmeans(z, len(centroids), seed).centroids
     kmeans_owners = _majority(nearest(z, by_kmeans)[0].numpy(), train.known, len(centroids))
     scores = [_f1(z_test, mu, who, test.known) for mu, who in ((centroids, owners), (by_kmeans, kmeans_owners))]

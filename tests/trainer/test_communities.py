@@ -11,7 +11,9 @@ from torch import Tensor
 from trainer.clustering.communities import (
     MAX_TRIALS,
     CommunityOptions,
+    Trial,
     TuningAim,
+    _closeness,
     find_communities,
     neighbour_edges,
     tune_resolution,
@@ -169,8 +171,23 @@ def test_an_aim_out_of_reach_ends_with_the_nearest_trial_and_says_so() -> None:
 def test_the_vote_decides_which_classes_own_one() -> None:
     y = torch.tensor([0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 1, 1])  # three cliques; the last has two of a rare class
     edges = cliques(3, 5)
-    assert tune_resolution(edges, y, vote=OwnershipOptions(vote="normalised")).tried[0].owning == 1.0
-    assert tune_resolution(edges, y).tried[0].owning == 0.5
+    assert tune_resolution(edges, y, vote=OwnershipOptions("normalised", min_correct=1)).tried[0].owning == 1.0
+    assert tune_resolution(edges, y, vote=OwnershipOptions("majority", min_correct=1)).tried[0].owning == 0.5
+
+
+def test_a_class_of_two_images_does_not_shatter_the_graph() -> None:
+    y = torch.tensor(
+        [0] * 20 + [1] * 20 + [2] * 2
+    )  # two cliques of twenty and twenty-two; the rare class sits in the second
+    edges = torch.cat([cliques(1, 20), cliques(1, 22) + 20])
+    tuned = tune_resolution(edges, y)
+    assert tuned.fit and len(torch.unique(tuned.communities)) == 2
+
+
+def test_a_shattered_graph_is_never_preferred_to_a_number_in_range() -> None:
+    in_range, shattered, too_few = Trial(1.0, 40, 0.5), Trial(64.0, 400, 1.0), Trial(0.25, 3, 0.6)
+    ranked = sorted((in_range, shattered, too_few), key=lambda trial: _closeness(trial, TuningAim(), 10))
+    assert ranked[0] is shattered and ranked[-1] is too_few
 
 
 def test_tuning_without_labels_names_the_setting() -> None:

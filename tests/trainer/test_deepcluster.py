@@ -16,7 +16,8 @@ from trainer.errors import CollapseError, DataError
 from trainer.feature_store import FeatureStore
 from trainer.loop import InterruptedTraining
 from trainer.methods.deepcluster import DeepCluster, DeepClusterSettings, merged, whitened
-from trainer.methods.pseudo_label import LOG
+from trainer.methods.pseudo_label import LOG, check_distinct_features
+from trainer.projection import ProjectionSettings
 
 AUGMENT = "augment: {shift: 0.1, flip: horizontal, brightness: 0.3}"
 
@@ -148,3 +149,32 @@ def test_ctrl_c_in_the_middle_of_an_epoch_loses_nothing(
     for a, b in zip(whole.model.state_dict().values(), resumed.model.state_dict().values(), strict=True):
         assert torch.equal(a, b)
     assert traced(tmp_path / "whole", shapes) == traced(tmp_path / "cut", shapes)
+
+
+def test_features_that_collapse_stop_the_run_and_blame_the_training() -> None:
+    method = learner_method()
+    optimizer = method.settings.optimizer.build(method.parameters(), method.renewed())
+    method.before_epoch(0, optimizer)
+    with torch.no_grad():
+        method.learner.model.encoder.layers[-1].weight.mul_(1e-4)  # type: ignore[union-attr, operator, index]
+    with pytest.raises(CollapseError, match="guard spread"):
+        method.before_epoch(1, optimizer)
+
+
+@pytest.mark.parametrize(("epoch", "error"), [(0, DataError), (3, CollapseError)])
+def test_fewer_different_features_than_pseudo_clusters_name_the_setting(epoch: int, error: type[Exception]) -> None:
+    z = torch.arange(6.0).repeat(10)[:, None]
+    check_distinct_features(z, 6, epoch)
+    with pytest.raises(error, match=r"only 6 different features"):
+        check_distinct_features(z, 7, epoch)
+
+
+def test_a_frozen_encoder_and_a_projection_that_would_learn_are_refused() -> None:
+    learner = blob_learner()
+    learner.model.encoder.is_trainable = False
+    with pytest.raises(DataError, match="encoder mlp is frozen; expected a trainable encoder"):
+        DeepCluster(DeepClusterSettings(n_clusters=5, pseudo_clusters=8), learner, 20)
+    learner = blob_learner()
+    learner.model.projection.settings = ProjectionSettings(kind="pca", dim=4, learn=True)
+    with pytest.raises(DataError, match="projection.learn is true"):
+        DeepCluster(DeepClusterSettings(n_clusters=5, pseudo_clusters=8), learner, 20)

@@ -197,3 +197,63 @@ def test_images_of_components_too_small_to_keep_are_listed_for_review(tmp_path: 
         (3, "in a component of too few images to be a cluster"),
         (17, "in a component of too few images to be a cluster"),
     ]
+
+
+def planted(one: DeepClusterMixture, sizes: list[int]) -> torch.Tensor:
+    """Takes the place of the features: blobs of these sizes, far apart."""
+    generator = torch.Generator().manual_seed(0)
+    kinds = torch.repeat_interleave(torch.arange(len(sizes)), torch.tensor(sizes))
+    z = 30 * torch.randn(len(sizes), 6, generator=generator)[kinds] + torch.randn(len(kinds), 6, generator=generator)
+    one._project = lambda epoch: z  # type: ignore[method-assign]
+    return kinds
+
+
+def test_a_rare_kind_survives_warm_relabelling_after_warm_relabelling() -> None:
+    one = method(per_kind=400, n_clusters=20, fresh_every=100)
+    kinds = planted(one, [500, 490, 480, 500, 30])
+    optimizer = relabelled(one)
+    for epoch in (3, 6, 9):
+        one.before_epoch(epoch, optimizer)
+        assert one.after_epoch(epoch).figures["fresh"] == 0.0
+    one.end()
+    rare = one.ids[kinds == 4]
+    assert len(torch.unique(rare)) == 1 and not bool(torch.isin(one.ids[kinds != 4], rare).any())
+    assert one.learner.model.n_clusters == 5
+
+
+def test_mostly_good_parts_are_no_collapse() -> None:
+    one = method(per_kind=200, n_clusters=15, spread=0.01)
+    planted(one, [850, *[15] * 10])
+    relabelled(one)
+    assert one.after_epoch(0).figures["filled"] < 0.2 and one.after_epoch(0).figures["components"] >= 11
+
+
+@pytest.mark.parametrize("warm", ["responsibilities", "posterior"])
+def test_after_an_alarm_the_next_clustering_starts_from_the_labels_that_stayed(warm: str) -> None:
+    one = method(warm=warm, fresh_every=100)
+    planted(one, [40] * 5)
+    optimizer = relabelled(one)
+    ids = one.ids
+    tight = one._project(0)
+    one._project = lambda epoch: 1e-3 * torch.randn(200, 6) + (torch.arange(200) == 0)[:, None]  # type: ignore[method-assign]
+    one.before_epoch(3, optimizer)
+    if one.after_epoch(3).figures.get("alarm"):
+        assert one.ids is ids
+    one._project = lambda epoch: tight  # type: ignore[method-assign]
+    one.before_epoch(6, optimizer)
+    assert one.after_epoch(6).figures["components"] >= 2
+
+
+def test_a_mixture_that_says_nothing_at_the_end_ships_nothing() -> None:
+    one = method(per_kind=40)
+    planted(one, [40] * 5)
+    relabelled(one)
+    planted(one, [200])
+    one.counters[Count.GROW] = 1  # afresh
+    with pytest.raises(CollapseError, match="guard components.*kept 1 component"):
+        one.end()
+
+
+def test_labels_flatter_than_they_can_be_are_refused() -> None:
+    with pytest.raises(ValueError, match="perplexity is 4 with labels_per_image 5, expected at most 3"):
+        DeepClusterMixtureSettings(n_clusters=5, perplexity=4)

@@ -8,6 +8,7 @@ import torch
 from tests.trainer.learning import blob_learner
 from tests.trainer.shapes import fit_shapes, write_shapes
 from tests.trainer.test_deepcluster import AUGMENT, traced
+from trainer.errors import CollapseError, DataError
 from trainer.methods.deepcluster_v2 import DeepClusterV2, DeepClusterV2Settings
 
 
@@ -59,3 +60,17 @@ def test_only_the_rows_of_a_batch_change_in_the_banks() -> None:
     one.loss(torch.tensor([3, 5]))
     changed = (one.banks != before).any(2).any(0)
     assert set(torch.nonzero(changed)[:, 0].tolist()) <= {3, 5}
+
+
+def test_batches_of_one_are_refused() -> None:
+    with pytest.raises(DataError, match="train.batch_size is 1, which cuts 100 training images into batches of one"):
+        DeepClusterV2(DeepClusterV2Settings(n_clusters=5, pseudo_clusters=8), blob_learner(), 1)
+
+
+def test_one_head_that_collapses_is_enough_to_stop() -> None:
+    one = method()
+    one.begin()
+    one.banks[1] = torch.eye(6)[0]
+    one.banks[1][:8] = torch.nn.functional.normalize(torch.randn(8, 6), dim=1)
+    with pytest.raises(CollapseError, match="guard filled"):
+        one.before_epoch(0, one.settings.optimizer.build(one.parameters()))

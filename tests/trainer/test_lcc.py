@@ -11,12 +11,15 @@ import torch
 
 from configs import load_text
 from tests.trainer.learning import KINDS, blob_learner, warped_blobs, write_blobs
+from tests.trainer.test_fitting import StopAfter
 from trainer import FitOptions, Run, fit
 from trainer.errors import DataError
 from trainer.learner import Supervision
+from trainer.loop import InterruptedTraining
 from trainer.methods import METHODS
 from trainer.methods.ae_kmeans import AEKMeansSettings
-from trainer.methods.lcc import LCC, LCCSettings
+from trainer.methods.lcc import LCC, LCCSettings, shipped_communities
+from trainer.projection import ProjectionSettings
 from trainer.settings import TrainSettings
 
 CLASSES = tuple("abcde")
@@ -164,3 +167,52 @@ def test_an_unsupervised_method_never_sees_the_labels(tmp_path: Path, monkeypatc
     control = AEKMeansSettings(n_clusters=KINDS, n_init=1)
     fit(settings.model_copy(update={"method": control}), FitOptions(out=tmp_path / "control"))
     assert seen == {"lcc": True, "ae_kmeans": False}
+
+
+def test_every_class_ships_its_largest_community_before_any_ships_a_second() -> None:
+    counts, owners = torch.tensor([50, 40, 4, 0, 30, 3]), torch.tensor([0, 0, 1, -1, 2, 2])
+    assert shipped_communities(counts, owners, most=10, min_correct=5).tolist() == [0, 4, 2, 1]
+    assert shipped_communities(counts, owners, most=3, min_correct=5).tolist() == [0, 4, 2]
+    assert shipped_communities(counts, owners, most=2, min_correct=5).tolist() == [0, 4]
+
+
+def test_fewer_clusters_than_classes_are_said_to_leave_some_out(tmp_path: Path) -> None:
+    run = fit_blobs(write_blobs(tmp_path / "blobs.npz"), tmp_path / "run", epochs=2, n_clusters=3)
+    (text,) = run.info["train"]["warnings"]
+    assert run.model.n_clusters == 3 and "method.n_clusters is 3, fewer than there are classes" in text
+
+
+def test_a_few_images_are_enough_whatever_the_limit_of_clusters_is(tmp_path: Path) -> None:
+    run = fit_blobs(write_blobs(tmp_path / "blobs.npz", per_kind=8), tmp_path / "run", epochs=8)
+    assert run.settings.method.n_clusters == 100 and KINDS <= run.model.n_clusters <= 40
+
+
+@pytest.mark.parametrize("epoch", [1, 2])
+def test_a_resumed_run_ends_as_an_uninterrupted_one_and_logs_every_clustering_once(epoch: int, tmp_path: Path) -> None:
+    data = write_blobs(tmp_path / "blobs.npz")
+    options: dict[str, Any] = {"epochs": 5, "every_epochs": 2, "weight": 1.0}
+    whole = fit_blobs(data, tmp_path / "whole", **options)
+    with pytest.raises(InterruptedTraining):
+        fit(whole.settings, FitOptions(out=tmp_path / "cut", progress=StopAfter("lcc", epoch)))
+    # As after kill -9: the log is further than the checkpoint.
+    log = tmp_path / "cut" / "communities.jsonl"
+    ahead = (tmp_path / "whole" / "communities.jsonl").read_text()
+    log.write_text(ahead)
+    resumed = fit(whole.settings, FitOptions(out=tmp_path / "cut", resume=True))
+    for a, b in zip(whole.model.state_dict().values(), resumed.model.state_dict().values(), strict=True):
+        assert torch.equal(a, b)
+    assert log.read_text() == ahead
+
+
+def test_a_projection_that_would_learn_is_refused() -> None:
+    learner = labelled_learner()
+    learner.model.projection.settings = ProjectionSettings(kind="pca", dim=4, learn=True)
+    with pytest.raises(DataError, match="projection.learn is true, but method lcc"):
+        LCC(LCCSettings(), learner, 40)
+
+
+def test_settings_that_cannot_be_are_refused_before_training() -> None:
+    with pytest.raises(ValueError, match="greater than 0"):
+        LCCSettings(resolution=-1.0)
+    with pytest.raises(DataError, match="method.layers names 'layers'"):
+        method(layers=("layers",))

@@ -37,10 +37,11 @@ def images_of(folder: Path) -> list[np.ndarray]:
     return [image for path in sorted(folder.rglob("*.png")) if (image := cv2.imread(str(path))) is not None]
 
 
-def fitted(name: str, image_folder: Path, out: Path) -> Run:
+def fitted(name: str, image_folder: Path, out: Path, pretrain: str = "pretrain: {epochs: 3}") -> Run:
     text = TINY.format(path=image_folder).replace(
         "{name: ae_kmeans, n_clusters: 3, n_init: 3}", EXTRA.get(name, f"{{name: {name}, n_clusters: 3}}")
     )
+    text = text.replace("pretrain: {epochs: 3}", pretrain)
     return fit(load_text(TrainSettings, text, f"{name}.yaml", None), FitOptions(out=out))
 
 
@@ -87,6 +88,17 @@ def test_a_run_that_was_interrupted_in_its_method_ends_as_an_uninterrupted_one(
         fit(settings, FitOptions(out=tmp_path / "cut", progress=StopAfter(name, 0)))
     resumed = fit(settings, FitOptions(out=tmp_path / "cut", resume=True))
     for a, b in zip(whole.model.state_dict().values(), resumed.model.state_dict().values(), strict=True):
+        assert np.array_equal(a.numpy(), b.numpy())
+
+
+@pytest.mark.parametrize("name", [name for name in METHODS if name not in {"ae_kmeans", "smoothed_kmeans"}])
+def test_what_comes_before_the_method_does_not_change_it(name: str, image_folder: Path, tmp_path: Path) -> None:
+    cache = f"pretrain: {{epochs: 3, cache: {tmp_path / 'cache'}}}\naugment: {{noise: 0.3}}"
+    first, second = (fitted(name, image_folder, tmp_path / side, cache) for side in "ab")
+    assert (
+        not (tmp_path / "b" / "metrics.jsonl").read_text().count("reconstruct")
+    )  # the second took what the first had learned
+    for a, b in zip(first.model.state_dict().values(), second.model.state_dict().values(), strict=True):
         assert np.array_equal(a.numpy(), b.numpy())
 
 

@@ -15,6 +15,7 @@ from tests.trainer.test_lcc import labelled_learner
 from trainer import FitOptions, Run, fit
 from trainer.errors import CollapseError, DataError
 from trainer.methods.stochastic_quantization import StochasticQuantization, StochasticQuantizationSettings
+from trainer.projection import ProjectionSettings
 from trainer.settings import TrainSettings
 
 
@@ -139,3 +140,28 @@ def test_images_outside_of_class_folders_are_quantized_but_teach_nothing(tmp_pat
     with (tmp_path / "run" / "assignments.csv").open() as file:
         labels = [row["label"] for row in csv.DictReader(file)]
     assert labels[:4] == ["0", "", "", "0"]
+
+
+def test_a_cluster_without_labelled_images_has_no_class_even_if_nothing_is_asked_of_it() -> None:
+    one = method(min_purity=0.0)
+    ids = one.labels.clamp(max=3)  # nobody is in cluster 4
+    assert one._majorities(ids)[-1] == -1
+
+
+def test_a_first_step_below_nothing_is_refused_before_training() -> None:
+    with pytest.raises(ConfigError, match="rho0"):
+        settings_of(Path("x.npz"), "{name: stochastic_quantization, n_clusters: 5, rho0: -1}")
+
+
+@pytest.mark.parametrize("learn", [True, False])
+def test_a_projection_that_learns_is_kept_and_another_is_fitted_to_what_was_learned(
+    learn: bool, tmp_path: Path
+) -> None:
+    data = write_blobs(tmp_path / "blobs.npz")
+    settings = settings_of(data, "{name: stochastic_quantization, n_clusters: 5, triplet: {epochs: 2}}")
+    projection = ProjectionSettings(kind="pca", dim=4, learn=learn)
+    run = fit(settings.model_copy(update={"projection": projection}), FitOptions(out=tmp_path / "run"))
+    z = torch.from_numpy(run.model.transform(warped_blobs()[0][..., None]))
+    covariance = torch.cov(z.T)
+    off_diagonal = float((covariance - covariance.diag().diag()).abs().max() / covariance.diag().max())
+    assert (off_diagonal < 1e-3) is not learn  # principal directions of the learned features have no correlation left

@@ -39,7 +39,7 @@ class CommunityOptions:
 
 @dataclass(frozen=True)
 class Trial:
-    """What one `resolution` gave: `communities`, and the share `owning` of the classes with images that own at least one."""
+    """What one `resolution` gave: `communities`, and the share `owning` of the classes, but the smallest, that own at least one."""
 
     resolution: float
     communities: int
@@ -119,7 +119,7 @@ def tune_resolution(
     """Doubles or halves the resolution, from that of `options`, until the communities fit the classes.
 
     It stops, too, where the next resolution was tried already (one is too few, twice of it too many) or after `MAX_TRIALS`. Then it
-    keeps the trial that came nearest: classes owning one first, then as few communities beyond the aim as possible.
+    keeps the trial that came nearest: not too many first, then classes owning one, then as few communities beyond the aim as possible.
 
     Args:
         edges: (E, 2) ids, from `neighbour_edges`.
@@ -129,13 +129,16 @@ def tune_resolution(
         DataError: no image is labelled.
     """
     options, aim = options or CommunityOptions(), aim or TuningAim()
-    n_classes = int((class_counts(y) > 0).sum())
+    sizes, min_correct = class_counts(y), (vote or OwnershipOptions()).min_correct
+    # A class too small to be acted on cannot ask for a community of its own: only single images would give it one.
+    counted = sizes >= min(min_correct, int(sizes.max()))
+    n_classes = int(counted.sum())
     found: dict[float, tuple[Trial, Tensor]] = {}
     gamma = options.resolution
     while gamma not in found and len(found) < MAX_TRIALS:
         communities = find_communities(edges, len(y), replace(options, resolution=gamma))
         owners = decide_owners(y, communities, vote).owners
-        owning = len(torch.unique(owners[owners >= 0])) / n_classes
+        owning = float(counted[torch.unique(owners[owners >= 0])].sum()) / n_classes
         trial = Trial(gamma, len(owners), owning)
         found[gamma] = trial, communities
         if aim.is_met(trial, n_classes):
@@ -145,9 +148,10 @@ def tune_resolution(
     return Tuned(communities, best.resolution, aim.is_met(best, n_classes), tuple(trial for trial, _ in found.values()))
 
 
-def _closeness(trial: Trial, aim: TuningAim, n_classes: int) -> tuple[bool, float, int]:
+def _closeness(trial: Trial, aim: TuningAim, n_classes: int) -> tuple[bool, bool, float, int]:
     beyond = max(trial.communities - aim.most_per_class * n_classes, n_classes - trial.communities, 0)
-    return aim.is_met(trial, n_classes), min(trial.owning, aim.owning), -beyond
+    # Not too many before all else: where every image is a community, every class owns one.
+    return aim.is_met(trial, n_classes), not aim.too_many(trial, n_classes), min(trial.owning, aim.owning), -beyond
 
 
 def _leiden(pairs: list[tuple[int, int]], n: int, options: CommunityOptions) -> NDArray[np.int64]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
@@ -9,12 +11,14 @@ from trainer.clustering.bayesian_mixture import Belief, Mixture, MixtureOptions,
 
 
 def mixture_state(mixture: Mixture) -> dict[str, Tensor]:
-    """Everything but the options, which are settings."""
+    """Everything but the options, of which only what a run changes by itself: the number of components and the spread."""
     state = {
         "origin": mixture.origin,
         "counts": mixture.counts,
         "elbo": torch.tensor(mixture.elbo, dtype=torch.float64),
     }
+    state["n_components"] = torch.tensor(mixture.options.n_components)
+    state["spread"] = torch.tensor(mixture.options.spread, dtype=torch.float64)
     for name in ("belief", "prior"):
         belief: Belief = getattr(mixture, name)
         state |= {f"{name}.weights.{key}": value for key, value in vars(belief.weights).items()}
@@ -34,5 +38,6 @@ def mixture_from(state: dict[str, Tensor], options: MixtureOptions, device: torc
 
         return Belief(Sticks(**part("weights")), NormalWishart(**part("components")))
 
+    options = replace(options, n_components=int(state["n_components"]), spread=float(state["spread"]))
     elbo = tuple(state["elbo"].tolist())
     return Mixture(belief("belief"), belief("prior"), state["origin"], state["counts"], elbo, options)

@@ -58,9 +58,10 @@ class SoftLabels:
 def prune(mixture: Mixture, x: Tensor, fewest: float = FEWEST_MEMBERS, share: float = LEAST_SHARE) -> Pruned:
     """Drops components with N_k < max(fewest, share N / K) and refits the others to x (N, D), the rows that `mixture` was fitted to.
 
-    The largest component always stays. Survivors keep their order.
+    K is the number that the mixture might have had: with that of the survivors the limit would rise whenever one dies, and take a rare
+    kind with it in the end. The largest component always stays. Survivors keep their order.
     """
-    limit = max(fewest, share * len(x) / mixture.n_components)
+    limit = max(fewest, share * len(x) / mixture.options.n_components)
     alive = mixture.counts >= limit
     alive[mixture.counts.argmax()] = True
     kept, dropped = torch.nonzero(alive)[:, 0], torch.nonzero(~alive)[:, 0]

@@ -25,13 +25,15 @@ class MethodSettings(Settings):
 class Method:
     """A method on one learner. `title` is what `dkm-train methods` prints; `needs_decoder`: the reconstruction stays in the loss.
 
-    `is_supervised`: it learns from class folders, and only then are they in `learner.supervision`.
+    `is_supervised`: it learns from class folders, and only then are they in `learner.supervision`. `finds_clusters`: `n_clusters` is
+    a limit, and may be more than there are images.
     """
 
     Settings: ClassVar[type[MethodSettings]]
     title: ClassVar[str]
     needs_decoder: ClassVar[bool] = False
     is_supervised: ClassVar[bool] = False
+    finds_clusters: ClassVar[bool] = False
 
     def __init__(self, settings: MethodSettings, learner: Learner, batch_size: int) -> None:
         self.settings, self.learner, self.batch_size = settings, learner, batch_size

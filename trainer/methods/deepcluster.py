@@ -18,11 +18,15 @@ from torch import Tensor, nn
 
 from trainer.clustering.kmeans import KMeansOptions, kmeans
 from trainer.distance import squared_distances_matmul
-from trainer.errors import DataError
 from trainer.feature_store import FeatureStore
 from trainer.learner import Learner
 from trainer.methods.head import LinearHead, head_state, load_head, own_draws
-from trainer.methods.pseudo_label import PseudoLabelMethod, PseudoLabelSettings
+from trainer.methods.pseudo_label import (
+    PseudoLabelMethod,
+    PseudoLabelSettings,
+    check_distinct_features,
+    check_pseudo_clusters,
+)
 from trainer.projection import Projection, ProjectionSettings
 from trainer.samplers import balanced
 
@@ -62,14 +66,17 @@ class DeepCluster(PseudoLabelMethod):
     @torch.no_grad()
     def relabel(self, epoch: int, optimizer: torch.optim.Optimizer) -> None:
         options, n = self.settings, len(self.learner)
-        z = whitened(self.learner.stored_features("features"), options.pca_dim)
+        store = self.learner.stored_features("features")
+        self.watch(store.whole(), epoch)
+        z = whitened(store, options.pca_dim).to(self.learner.device)
+        check_distinct_features(z, options.pseudo_clusters, epoch)
         how = KMeansOptions(n_init=1, max_iterations=options.iterations, init="random")
         # Another seed in every epoch: with the same one, the same images would found the clusters again and again.
         found = kmeans(z, options.pseudo_clusters, self.learner.seed + epoch, how)
         labels = merged(
             found.labels, found.centroids, max(SMALLEST, int(options.min_share * n / options.pseudo_clusters))
         )
-        self.note(labels.to(self.learner.device), options.pseudo_clusters, epoch, {"scatter": found.inertia / n})
+        self.note(labels, options.pseudo_clusters, epoch, {"scatter": found.inertia / n})
         self.head.renew(optimizer)
 
     def order(self, generator: torch.Generator) -> Tensor:
@@ -85,19 +92,6 @@ class DeepCluster(PseudoLabelMethod):
     def load_state(self, state: dict[str, Tensor]) -> None:
         super().load_state(state)
         load_head(self.head, state)
-
-
-def check_pseudo_clusters(count: int, n: int) -> None:
-    """Refuses more pseudo-clusters than half the `n` training images.
-
-    Raises:
-        DataError: so it is.
-    """
-    if count * 2 > n:
-        raise DataError(
-            f"method.pseudo_clusters is {count}, but there are {n} training images, expected at least two for each pseudo-cluster; "
-            f"5 to 20 times the kinds of parts, and 20 images for each, are a good start"
-        )
 
 
 def whitened(store: FeatureStore, dim: int) -> Tensor:

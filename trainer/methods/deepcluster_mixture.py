@@ -16,7 +16,7 @@ from enum import IntEnum
 from typing import ClassVar, Literal
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor, nn
 
@@ -71,6 +71,16 @@ class DeepClusterMixtureSettings(PseudoLabelSettings):
     labels_per_image: int = Field(5, ge=1)
     balance: Literal["weights", "sampler", "none"] = "weights"
 
+    @model_validator(mode="after")
+    def _labels_hold_that_many(self) -> DeepClusterMixtureSettings:
+        most = (1 + self.labels_per_image) / 2
+        if self.perplexity > most:
+            raise ValueError(
+                f"perplexity is {self.perplexity:g} with labels_per_image {self.labels_per_image}, expected at most {most:g} (half-way to "
+                f"labels that say nothing)"
+            )
+        return self
+
 
 class DeepClusterMixture(PseudoLabelMethod):
     """State per image: components `label_ids` (N, m), their tempered weights `label_weights` and `responsibilities` as fitted; `balance_weights` (N,).
@@ -81,8 +91,10 @@ class DeepClusterMixture(PseudoLabelMethod):
     Settings = DeepClusterMixtureSettings
     title = "DeepCluster with a variational Gaussian mixture that finds how many clusters there are"
     settings: DeepClusterMixtureSettings
+    needs_filled = False  # most parts are good: one component may hold nearly all, and has a limit of its own
     kept: ClassVar[tuple[str, ...]] = (
         "ids",
+        "spread",
         "label_ids",
         "label_weights",
         "responsibilities",
@@ -118,13 +130,13 @@ class DeepClusterMixture(PseudoLabelMethod):
 
     @torch.no_grad()
     def relabel(self, epoch: int, optimizer: torch.optim.Optimizer) -> None:
-        z = self._project()
-        mixture, kept_rows, is_fresh = self._mixture(z, epoch)
-        log_rho = mixture.log_rho(z)
-        share = float(mixture.counts.max()) / len(z)
-        if mixture.n_components < 2 or share > LARGEST_SHARE:
-            self._alarm(mixture.n_components, share)
+        z = self._project(epoch)
+        pruned, kept_rows, is_fresh = self._mixture(z, epoch)
+        mixture = pruned.mixture
+        if _says_nothing(mixture):
+            self._alarm(mixture)
             return
+        log_rho = mixture.log_rho(z)
         if is_fresh:
             kept_rows, new = self._rows_of(log_rho.softmax(1))
             self.head.renew(optimizer, new)
@@ -133,21 +145,24 @@ class DeepClusterMixture(PseudoLabelMethod):
         self.counters[Count.DONE] += 1
         soft = temper(log_rho, self.settings.perplexity, self.settings.labels_per_image)
         self._take(soft, log_rho, kept_rows)
+        self._posterior, self._residual = mixture, pruned.residual.tolist()
         figures = {"components": float(mixture.n_components), "perplexity": soft.perplexity, "elbo": mixture.elbo[-1]}
         self.note(log_rho.argmax(1), mixture.n_components, epoch, {**figures, "fresh": float(is_fresh)})
 
-    def _project(self) -> Tensor:
+    def _project(self, epoch: int) -> Tensor:
         """Embeddings (N, D) of the features as they are now; posterior needs the first projection, the others fit their own."""
+        model, device = self.learner.model, self.learner.device
+        features = self.learner.stored_features("features").whole().to(device)
+        self.watch(features, epoch)
         if self.settings.warm != "posterior" or int(self.counters[Count.DONE]) == 0:
-            features = self.learner.stored_features("features").whole().to(self.learner.device)
-            self.learner.model.projection.fit(features, self.settings.n_clusters, self.learner.seed)
-        return self.learner.all_latents()
+            model.projection.fit(features, self.settings.n_clusters, self.learner.seed)
+        return torch.cat([model.projection(part) for part in features.split(8192)])
 
     def _options(self, size: int) -> MixtureOptions:
         spread = self.settings.spread / 2 ** int(self.counters[Count.HALVINGS])
         return MixtureOptions(size, self.settings.weights, self.settings.covariance, spread=spread)
 
-    def _mixture(self, z: Tensor, epoch: int) -> tuple[Mixture, Tensor, bool]:
+    def _mixture(self, z: Tensor, epoch: int) -> tuple[Pruned, Tensor, bool]:
         """The pruned mixture of z (N, D), the head's rows of its components if it is warm, and whether it started afresh."""
         size, done, grows = (int(self.counters[n]) for n in (Count.SIZE, Count.DONE, Count.GROW))
         if self.settings.warm == "fresh" or done % self.settings.fresh_every == 0 or grows:
@@ -156,19 +171,15 @@ class DeepClusterMixture(PseudoLabelMethod):
         reuse = None
         if self.settings.warm == "posterior" and self._posterior is not None:
             reuse = Reuse(self._posterior, self.settings.memory)
-        warm = fit_mixture(z, self._options(held.shape[1]), self.learner.seed, responsibilities=held, reuse=reuse)
+        warm = fit_mixture(z, self._options(size), self.learner.seed, responsibilities=held, reuse=reuse)
         if self._has_drifted(warm, z, size, epoch):
             return self._fresh(z, size, epoch), self.head_rows, True
-        pruned = self._pruned(warm, z)
-        return pruned.mixture, self.head_rows[pruned.kept], False
+        pruned = prune(warm, z)
+        return pruned, self.head_rows[pruned.kept], False
 
-    def _fresh(self, z: Tensor, size: int, epoch: int) -> Mixture:
-        return self._pruned(fit_mixture(z, self._options(size), self.learner.seed + epoch), z).mixture
-
-    def _pruned(self, mixture: Mixture, z: Tensor) -> Pruned:
-        pruned = prune(mixture, z)
-        self._posterior, self._residual = pruned.mixture, pruned.residual.tolist()
-        return pruned
+    def _fresh(self, z: Tensor, size: int, epoch: int) -> Pruned:
+        size = min(size, len(torch.unique(z, dim=0)))  # pictures that repeat cannot be told apart
+        return prune(fit_mixture(z, self._options(size), self.learner.seed + epoch), z)
 
     def _grow(self, found: int) -> None:
         """Twice as many components next time, and afresh, where none of them died."""
@@ -215,7 +226,7 @@ class DeepClusterMixture(PseudoLabelMethod):
             balancing_weights(soft, len(rows)) if balanced else torch.ones(len(self.learner), device=log_rho.device)
         )
 
-    def _alarm(self, components: int, share: float) -> None:
+    def _alarm(self, mixture: Mixture) -> None:
         """A mixture that says nothing: the labels stay, the next one is tighter.
 
         Raises:
@@ -224,13 +235,17 @@ class DeepClusterMixture(PseudoLabelMethod):
         self.counters[Count.ALARMS] += 1
         self.counters[Count.HALVINGS] += 1
         alarms = int(self.counters[Count.ALARMS])
-        self._figures = {**self._figures, "components": float(components), "alarm": float(alarms)}
+        self._figures = {**self._figures, "components": float(mixture.n_components), "alarm": float(alarms)}
         if int(self.counters[Count.DONE]) == 0 or alarms >= MAX_ALARMS:
-            raise CollapseError(
-                "guard components",
-                f"the mixture kept {components} component(s), the largest with {share:.0%} of the images; lower method.spread (now "
-                f"{self.settings.spread:g}), start from a better encoder (pretrain), or project to fewer dimensions",
-            )
+            raise self._collapse(mixture)
+
+    def _collapse(self, mixture: Mixture) -> CollapseError:
+        share = float(mixture.counts.max() / mixture.counts.sum())
+        return CollapseError(
+            "guard components",
+            f"the mixture kept {mixture.n_components} component(s), the largest with {share:.0%} of the images; lower method.spread (now "
+            f"{self.settings.spread:g}), start from a better encoder (pretrain), or project to fewer dimensions",
+        )
 
     def order(self, generator: torch.Generator) -> Tensor:
         if self.settings.balance != "sampler":
@@ -246,12 +261,20 @@ class DeepClusterMixture(PseudoLabelMethod):
 
     @torch.no_grad()
     def end(self) -> None:
-        """A last mixture on the learned features; its means, or centroids that answer more like it, are what ships."""
-        z = self._project()
-        mixture, _, _ = self._mixture(z, self.epochs)
-        said = mixture.log_rho(z).argmax(1)
-        means = mixture.means.to(z.dtype)
-        learned = fit_boundary(z, said, len(means), PULL)
+        """A last mixture on the learned features; its means, or centroids that answer more like it, are what ships.
+
+        Raises:
+            CollapseError: it keeps one component; the checkpoint is of before.
+        """
+        z = self._project(self.epochs)
+        pruned, _, _ = self._mixture(z, self.epochs)
+        if _says_nothing(pruned.mixture):
+            raise self._collapse(pruned.mixture)
+        self._residual = pruned.residual.tolist()
+        said = pruned.mixture.log_rho(z).argmax(1)
+        means = pruned.mixture.means.to(z.dtype)
+        has_members = torch.bincount(said, minlength=len(means)) > 0
+        learned = torch.where(has_members[:, None], fit_boundary(z, said, len(means), PULL), means)
         by_means, by_learned = (float((nearest(z, mu)[0] == said).double().mean()) for mu in (means, learned))
         self.learner.model.set_centroids(means if by_means >= MIN_AGREEMENT or by_means >= by_learned else learned)
         self._result = {
@@ -299,4 +322,9 @@ class DeepClusterMixture(PseudoLabelMethod):
         load_head(self.head, state)
         posterior = {k.removeprefix("posterior."): v for k, v in state.items() if k.startswith("posterior.")}
         if posterior:
-            self._posterior = mixture_from(posterior, self._options(len(posterior["counts"])), self.learner.device)
+            self._posterior = mixture_from(posterior, self._options(1), self.learner.device)
+
+
+def _says_nothing(mixture: Mixture) -> bool:
+    """Whether one component is left, or one holds nearly all."""
+    return mixture.n_components < 2 or float(mixture.counts.max() / mixture.counts.sum()) > LARGEST_SHARE

@@ -13,14 +13,20 @@ from __future__ import annotations
 from typing import ClassVar, Literal
 
 import torch
-from pydantic import Field
+from pydantic import Field, PositiveInt
 from torch import Tensor, nn
 
 from trainer.clustering.kmeans import KMeansOptions, kmeans
+from trainer.errors import DataError
 from trainer.learner import Learner
-from trainer.methods.deepcluster import check_pseudo_clusters
 from trainer.methods.head import head_state, load_head, own_draws
-from trainer.methods.pseudo_label import PseudoLabelMethod, PseudoLabelSettings
+from trainer.methods.pseudo_label import (
+    PseudoLabelMethod,
+    PseudoLabelSettings,
+    check_distinct_features,
+    check_pseudo_clusters,
+    filled_share,
+)
 from trainer.stage import OptimizerSettings
 
 BANKS = 2
@@ -33,7 +39,7 @@ class DeepClusterV2Settings(PseudoLabelSettings):
     pseudo_clusters: int = Field(100, ge=2)
     heads: int = Field(3, ge=1)
     views: int = Field(2, ge=2)
-    projector: tuple[int, int] = (512, 128)
+    projector: tuple[PositiveInt, PositiveInt] = (512, 128)
     temperature: float = Field(0.1, gt=0)
     iterations: int = Field(10, ge=1, description="of k-means")
     optimizer: OptimizerSettings = OptimizerSettings(kind="adam", lr=1e-3, weight_decay=1e-6)
@@ -45,11 +51,16 @@ class DeepClusterV2(PseudoLabelMethod):
     Settings = DeepClusterV2Settings
     title = "DeepCluster-v2: several spherical k-means, prototypes as classifier (Caron et al. 2020)"
     settings: DeepClusterV2Settings
-    kept: ClassVar[tuple[str, ...]] = ("ids", "banks", "labels", "prototypes")
+    kept: ClassVar[tuple[str, ...]] = ("ids", "spread", "banks", "labels", "prototypes")
 
     def __init__(self, settings: DeepClusterV2Settings, learner: Learner, batch_size: int) -> None:
         super().__init__(settings, learner, batch_size)
         check_pseudo_clusters(settings.pseudo_clusters, len(learner))
+        if len(learner) // self.steps_per_epoch < 2:
+            raise DataError(
+                f"train.batch_size is {batch_size}, which cuts {len(learner)} training images into batches of one, but the projector of "
+                f"deepcluster_v2 normalises over a batch; expected batches of at least 2"
+            )
         hidden, dim = settings.projector
         with own_draws(learner.seed):
             first = nn.Linear(learner.model.encoder.out_dim, hidden)
@@ -83,13 +94,18 @@ class DeepClusterV2(PseudoLabelMethod):
     def relabel(self, epoch: int, optimizer: torch.optim.Optimizer) -> None:
         options = self.settings
         how = KMeansOptions(n_init=1, max_iterations=options.iterations, init="random", spherical=True)
+        scatters = []
         for head in range(options.heads):
-            seed = self.learner.seed + epoch * options.heads + head
-            found = kmeans(self.banks[head % BANKS], options.pseudo_clusters, seed, how)
+            bank, seed = self.banks[head % BANKS], self.learner.seed + epoch * options.heads + head
+            if head == 0:
+                self.watch(bank, epoch)
+            check_distinct_features(bank, options.pseudo_clusters, epoch)
+            found = kmeans(bank, options.pseudo_clusters, seed, how)
             self.labels[head], self.prototypes[head] = found.labels, found.centroids
-        self.note(
-            self.labels[0].clone(), options.pseudo_clusters, epoch, {"scatter": found.inertia / len(self.learner)}
-        )
+            scatters.append(found.inertia / len(bank))
+        filled = min(filled_share(labels, options.pseudo_clusters) for labels in self.labels)
+        figures = {"scatter": sum(scatters) / len(scatters), "filled": filled}
+        self.note(self.labels[0].clone(), options.pseudo_clusters, epoch, figures)
 
     def loss(self, index: Tensor) -> Tensor:
         """Cross-entropy over all views and heads; the embeddings of the first two views replace the bank's."""

@@ -24,12 +24,14 @@ class LinearHead(nn.Module):
     @torch.no_grad()
     def renew(self, optimizer: torch.optim.Optimizer, rows: Tensor | None = None) -> None:
         """N(0, 0.01^2) and no memory of the last labels, in the `rows` marked (K,), or in all of them."""
-        chosen = torch.ones(len(self.linear.bias), dtype=torch.bool) if rows is None else rows.cpu()
+        chosen = torch.ones(len(self.linear.bias), dtype=torch.bool) if rows is None else rows
         chosen = chosen.to(self.linear.bias.device)
         fresh = torch.randn_like(self.linear.weight) * HEAD_STD
         self.linear.weight.copy_(torch.where(chosen[:, None], fresh, self.linear.weight))
         self.linear.bias.masked_fill_(chosen, 0.0)
         for parameter in self.parameters():
+            if bool(chosen.all()):
+                optimizer.state.pop(parameter, None)  # with the count of steps, which scales Adam's first ones
             for value in optimizer.state.get(parameter, {}).values():
                 if isinstance(value, Tensor) and value.shape == parameter.shape:
                     value[chosen] = 0.0

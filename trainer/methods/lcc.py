@@ -3,7 +3,7 @@
 Source: Ho Thanh, "Latent Cluster Correction", 2025, arXiv 2501.11919, and the author's code; clustering/{communities, ownership,
 representatives}.py hold the pieces. Before every epoch from `warmup_epochs` on, for each layer:
     kNN graph of the features -> Leiden or Louvain communities -> owner class of each -> bank of well placed samples
-    L = CE + weight sum over layers mean over misclustered u of min_b |u - t_b(u)| / sqrt(D)
+    L = CE + weight mean over layers and misclustered u of min_b |u - t_b(u)| / sqrt(D)
 `arm` holds what it has to beat: `cross_entropy` alone, or `same_class`, the same pull without communities (the author's published code
 mixes up sample ids, and then amounts to that). Differs from it: one order of samples everywhere; layers pooled and normalised; the
 resolution is tuned until classes own communities; the pull is held below `max_pull` of the cross-entropy's gradient; samples that look
@@ -14,7 +14,7 @@ What ships: the mean of the well placed samples of each community of the last fe
 from __future__ import annotations
 
 import json
-from typing import ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -41,7 +41,7 @@ from trainer.methods.base import MethodSettings
 from trainer.methods.head import head_state, load_head, own_draws
 from trainer.methods.staged import StagedMethod, StagedSettings
 from trainer.stage import EpochReport, OptimizerSettings
-from trainer.whole_file import save_tensors
+from trainer.whole_file import save_tensors, write_whole
 
 LOG = "communities.jsonl"
 CLASSIFIER = "classifier.safetensors"
@@ -49,7 +49,7 @@ MAX_REVIEW = 1000  # rows of review.csv
 
 
 class LCCSettings(StagedSettings):
-    """`n_clusters`: at most so many ship, the largest communities first. `neighbours` of the graph, and of a target with `target: nearest`.
+    """`n_clusters`: at most so many ship; every class's largest community first. `neighbours` of the graph, and of a target with `target: nearest`.
 
     `representatives` per community with `target: random`. `vote: normalised` lets rare classes own communities. `layers`: `features`, or
     names of the encoder's submodules.
@@ -67,7 +67,7 @@ class LCCSettings(StagedSettings):
     warmup_epochs: int = Field(1, ge=0)
     every_epochs: int = Field(1, ge=1)
     communities: Literal["leiden", "louvain"] = "leiden"
-    resolution: float | Literal["auto"] = "auto"
+    resolution: Annotated[float, Field(gt=0)] | Literal["auto"] = "auto"
     vote: Literal["majority", "normalised"] = "majority"
     min_correct: int = Field(5, ge=1)
     max_pull: float = Field(0.5, gt=0)
@@ -81,13 +81,20 @@ class LCC(StagedMethod):
     title = "Latent Cluster Correction: supervised, communities of the features (Ho Thanh 2025)"
     settings: LCCSettings
     is_supervised = True
+    finds_clusters = True
 
     def __init__(self, settings: LCCSettings, learner: Learner, batch_size: int) -> None:
         super().__init__(settings, learner, batch_size)
         self.need_trainable()
         self.epochs = settings.epochs
         self.y, self.classes = _labels(learner.supervision, learner.device)
-        self.tap = LayerTap(learner.model.encoder, settings.layers, "method.layers")
+        if learner.model.projection.settings.learn:
+            raise DataError(
+                "projection.learn is true, but method lcc trains the encoder and fits the projection to its features; leave it out"
+            )
+        self.tap = LayerTap(
+            learner.model.encoder, settings.layers, "method.layers", lambda: next(learner.feature_batches())
+        )
         with own_draws(learner.seed):
             self.head = nn.Linear(learner.model.encoder.out_dim, len(self.classes)).to(learner.device)
         self.rounds = [MisclusteredRounds(len(learner)) for _ in settings.layers]
@@ -96,6 +103,7 @@ class LCC(StagedMethod):
         self._figures: dict[str, float] = {}
         self._pulls: list[float] = []
         self.owners: list[int] = []
+        self._unshipped: list[int] = []
         self._review: list[tuple[int, str]] = []
 
     def init_centroids(self) -> None:
@@ -128,7 +136,7 @@ class LCC(StagedMethod):
         if of_ce is None or of_pull is None:
             return pull
         limit = self.settings.max_pull * float(of_ce.norm())
-        size = self.settings.weight * float(of_pull.norm())
+        size = self.settings.weight * float(of_pull.norm()) / len(self.banks)
         return pull * (limit / size) if size > limit else pull
 
     @torch.no_grad()
@@ -140,6 +148,7 @@ class LCC(StagedMethod):
         predicted = self.head(features).softmax(1).max(1)
         self.banks, self._sources, logged = [], [], []
         for number, rows in enumerate(layers):
+            layer = options.layers[number]
             if options.arm == "same_class":
                 source = {
                     "features": rows,
@@ -151,9 +160,10 @@ class LCC(StagedMethod):
                 ownership = self._owners(tuned.communities)
                 skipped = self.rounds[number].advance(ownership, predicted.indices, predicted.values)
                 source = {"features": rows, "communities": tuned.communities, "skipped": skipped}
-                logged.append(self._account(tuned, ownership, options.layers[number]))
             self._sources.append(source | {"seed": torch.tensor(self.learner.seed + epoch)})
             self.banks.append(self._bank(self._sources[-1]))
+            if options.arm == "lcc":
+                logged.append(self._account(tuned, ownership, self.banks[-1], layer))
         self._log(epoch, logged)
 
     def _layer_rows(self) -> tuple[list[Tensor], Tensor]:
@@ -195,25 +205,37 @@ class LCC(StagedMethod):
             return build_same_class_bank(source["features"], self.y, how)
         return build_bank(source["features"], self._owners(source["communities"]), how, skipped=source["skipped"])
 
-    def _account(self, tuned: Tuned, ownership: Ownership, layer: str) -> dict[str, object]:
+    def _account(self, tuned: Tuned, ownership: Ownership, bank: Bank, layer: str) -> dict[str, object]:
         """What communities.jsonl says of one layer."""
-        sizes = torch.bincount(self.y[self.y >= 0], minlength=len(self.classes))
-        correct = torch.zeros_like(sizes)
-        correct[: len(ownership.correct_counts)] = ownership.correct_counts
-        share = correct.double() / sizes.clamp_min(1)
-        owned = torch.bincount(ownership.owners[ownership.owners >= 0], minlength=len(self.classes))
-        self._figures |= ownership.figures()
+        count = len(self.classes)
+        sizes, owned, correct = (
+            torch.bincount(classes[classes >= 0], minlength=count)
+            for classes in (self.y, ownership.owners, self.y[ownership.correct])
+        )
+        representatives = nn.functional.pad(bank.share(), (0, count - len(bank.share())))
+        prefix = "" if len(self.settings.layers) == 1 else f"{layer}."
+        self._figures |= {f"{prefix}{key}": value for key, value in ownership.figures().items()}
         per_class = {
-            name: {"n": int(sizes[a]), "well_placed": round(float(share[a]), 4), "communities": int(owned[a])}
+            name: {
+                "n": int(sizes[a]),
+                "well_placed": round(float(correct[a] / sizes[a].clamp_min(1)), 4),
+                "representatives": round(float(representatives[a]), 4),
+                "communities": int(owned[a]),
+            }
             for a, name in enumerate(self.classes)
         }
         return {"layer": layer, "resolution": tuned.resolution, "fits": tuned.fit, "classes": per_class}
 
     def _log(self, epoch: int, layers: list[dict[str, object]]) -> None:
         folder = self.learner.options.folder
-        if folder is not None and layers:
-            with (folder / LOG).open("a", encoding="utf-8") as file:
-                file.write(json.dumps({"epoch": epoch, "layers": layers}) + "\n")
+        if folder is None or not layers:
+            return
+        path = folder / LOG
+        rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
+        rows = [
+            row for row in rows if row["epoch"] < epoch
+        ]  # a resumed run, or another one here before, has been further
+        write_whole(path, "".join(json.dumps(row) + "\n" for row in [*rows, {"epoch": epoch, "layers": layers}]))
 
     def after_epoch(self, epoch: int) -> EpochReport:
         pull = {"pull": sum(self._pulls) / len(self._pulls)} if self._pulls else {}
@@ -226,16 +248,16 @@ class LCC(StagedMethod):
         learner, model = self.learner, self.learner.model
         features = learner.all_features()
         model.projection.fit(features, min(self.settings.n_clusters, len(features)), learner.seed)
-        last = LayerTap(model.encoder, (FEATURES,), "method.layers").rows(features)[0]
+        last = row_of(features)
         ownership = self._owners(self._communities(last, self.epochs).communities)
         self._suspect(ownership, last)
         counts = torch.bincount(ownership.communities[ownership.correct], minlength=len(ownership.owners))
-        shipped = torch.argsort(counts, descending=True, stable=True)[: self.settings.n_clusters]
-        shipped = shipped[counts[shipped] >= min(self.settings.min_correct, int(counts.max()))]
+        shipped = shipped_communities(counts, ownership.owners, self.settings.n_clusters, self.settings.min_correct)
         z = learner.all_latents()
         means = cluster_means(z[ownership.correct], ownership.communities[ownership.correct], len(counts))
         model.set_centroids(means[shipped])
         self.owners = ownership.owners[shipped].tolist()
+        self._unshipped = sorted(set(ownership.owners[ownership.owners >= 0].tolist()) - set(self.owners))
         if learner.options.folder is not None:
             tensors = {"weight": self.head.weight.detach(), "bias": self.head.bias.detach()}
             save_tensors(learner.options.folder / CLASSIFIER, tensors, {"classes": json.dumps(self.classes)})
@@ -257,13 +279,19 @@ class LCC(StagedMethod):
 
     def warnings(self) -> list[str]:
         present = torch.unique(self.y[self.y >= 0]).tolist()
-        without = [self.classes[a] for a in present if a not in self.owners]
-        if not without:
-            return []
-        return [
-            f"{len(without)} of {len(present)} classes own no community and have no cluster: {', '.join(without[:10])}; their parts will be given "
-            f"to others: use method.vote: normalised, a higher method.n_clusters or more images of them"
-        ]
+        nothing = [self.classes[a] for a in present if a not in self.owners and a not in self._unshipped]
+        found = []
+        if nothing:
+            found.append(
+                f"{len(nothing)} of {len(present)} classes own no community and have no cluster: {', '.join(nothing[:10])}; their parts will "
+                f"be given to others: use method.vote: normalised, or more images of them"
+            )
+        if self._unshipped:
+            found.append(
+                f"method.n_clusters is {self.settings.n_clusters}, fewer than there are classes: no cluster is left for "
+                f"{', '.join(self.classes[a] for a in self._unshipped[:10])}; use more"
+            )
+        return found
 
     def state(self) -> dict[str, Tensor]:
         state = head_state(self.head)
@@ -286,6 +314,20 @@ class LCC(StagedMethod):
                 sources.setdefault(int(number), {})[name] = value.to(self.learner.device)
         self._sources = [sources[n] for n in sorted(sources)]
         self.banks = [self._bank(source) for source in self._sources]
+
+
+def shipped_communities(counts: Tensor, owners: Tensor, most: int, min_correct: int) -> Tensor:
+    """The communities (K,) whose means ship: the largest of every class first, then others with enough well placed samples, by size.
+
+    Args:
+        counts: (communities,) well placed samples of each; `owners`: the class of each, -1: none.
+    """
+    by_size = [
+        b for b in torch.argsort(counts, descending=True, stable=True).tolist() if counts[b] > 0 and owners[b] >= 0
+    ]
+    largest = [b for n, b in enumerate(by_size) if owners[b] not in owners[by_size[:n]]]
+    others = [b for b in by_size if b not in largest and counts[b] >= min_correct]
+    return torch.tensor((largest + others)[:most], device=counts.device)
 
 
 def _labels(given: Supervision | None, device: torch.device) -> tuple[Tensor, tuple[str, ...]]:

@@ -15,7 +15,8 @@ from pydantic import Field
 from sklearn.metrics import normalized_mutual_info_score
 from torch import Tensor
 
-from trainer.errors import CollapseError
+from trainer.errors import CollapseError, DataError
+from trainer.guards import ClusterGuard
 from trainer.learner import Learner
 from trainer.methods.staged import StagedMethod, StagedSettings
 from trainer.metric import effective_clusters
@@ -35,17 +36,29 @@ class PseudoLabelSettings(StagedSettings):
 
 
 class PseudoLabelMethod(StagedMethod):
-    """Subclasses give `relabel`; `ids` (N,) are those of the last clustering, -1 before the first."""
+    """Subclasses give `relabel`; `ids` (N,) are those of the last clustering, -1 before the first.
 
-    kept: ClassVar[tuple[str, ...]] = ("ids",)
+    `spread` is the variance of the features at the first clustering. `needs_filled`: few pseudo-clusters holding all are a collapse.
+    """
+
+    needs_filled: ClassVar[bool] = True
+    kept: ClassVar[tuple[str, ...]] = ("ids", "spread")
     settings: PseudoLabelSettings
 
     def __init__(self, settings: PseudoLabelSettings, learner: Learner, batch_size: int) -> None:
         super().__init__(settings, learner, batch_size)
         self.need_trainable()
+        if learner.model.projection.settings.learn:
+            raise DataError(
+                f"projection.learn is true, but method {settings.name} trains the encoder and fits the projection to its features; leave it out"
+            )
         self.epochs = settings.epochs
+        self.spread = torch.tensor(0.0, device=learner.device)
         self.ids = torch.full((len(learner),), -1, device=learner.device)
         self._figures: dict[str, float] = {}
+
+    def init_centroids(self) -> None:
+        """None before the end."""
 
     def relabel(self, epoch: int, optimizer: torch.optim.Optimizer) -> None:
         """Clusters the features as they are now; calls `note` with the ids."""
@@ -61,21 +74,30 @@ class PseudoLabelMethod(StagedMethod):
         if self.is_due(epoch):
             self.relabel(epoch, optimizer)
 
+    def watch(self, features: Tensor, epoch: int) -> None:
+        """Takes the features (N, F) that are about to be clustered.
+
+        Raises:
+            CollapseError: their variance is gone, or they are not finite.
+        """
+        if epoch == 0:
+            self.spread = features.var(0, unbiased=False).sum()
+        ClusterGuard(self.settings.n_clusters, float(self.spread)).check_embeddings(features)
+
     def note(self, ids: Tensor, n_clusters: int, epoch: int, figures: dict[str, float]) -> None:
         """Takes the ids (N,) of a clustering with `n_clusters`: the log's figures, the file of ids, the guard.
 
         Raises:
             CollapseError: a few clusters hold nearly all.
         """
-        sizes = torch.bincount(ids, minlength=n_clusters).double().cpu().numpy()
-        filled = effective_clusters(sizes) / n_clusters
+        filled = figures.get("filled", filled_share(ids, n_clusters))
         self._figures = {**figures, "filled": filled}
         if int(self.ids.min()) >= 0:
             # Against the labels before, not against the truth: it should rise, and stay below 1.
             self._figures["nmi_previous"] = float(normalized_mutual_info_score(self.ids.cpu(), ids.cpu()))
         self.ids = ids
         self._write_log(epoch, ids.cpu().numpy().astype(np.int32))
-        if filled < MIN_EFFECTIVE_SHARE:
+        if self.needs_filled and filled < MIN_EFFECTIVE_SHARE:
             raise CollapseError(
                 "guard filled",
                 f"the {n_clusters} pseudo-clusters of epoch {epoch + 1} are as good as {filled * n_clusters:.1f}: a few hold nearly all "
@@ -96,7 +118,7 @@ class PseudoLabelMethod(StagedMethod):
         """k-means with the user's K on the learned features, in a projection fitted to them."""
         model = self.learner.model
         model.projection.fit(self.learner.all_features(), self.settings.n_clusters, self.learner.seed)
-        self.init_centroids()
+        super().init_centroids()
 
     def state(self) -> dict[str, Tensor]:
         shown = {f"figure.{key}": torch.tensor(value, dtype=torch.float64) for key, value in self._figures.items()}
@@ -105,3 +127,43 @@ class PseudoLabelMethod(StagedMethod):
     def load_state(self, state: dict[str, Tensor]) -> None:
         super().load_state(state)
         self._figures = {k.removeprefix("figure."): float(v) for k, v in state.items() if k.startswith("figure.")}
+
+
+def filled_share(ids: Tensor, n_clusters: int) -> float:
+    """Effective number of clusters among ids (N,), as a share of `n_clusters`."""
+    return effective_clusters(torch.bincount(ids, minlength=n_clusters).double().cpu().numpy()) / n_clusters
+
+
+def check_pseudo_clusters(count: int, n: int) -> None:
+    """Refuses more pseudo-clusters than half the `n` training images.
+
+    Raises:
+        DataError: so it is.
+    """
+    if count * 2 > n:
+        raise DataError(
+            f"method.pseudo_clusters is {count}, but there are {n} training images, expected at least two for each pseudo-cluster; "
+            f"5 to 20 times the kinds of parts, and 20 images for each, are a good start"
+        )
+
+
+def check_distinct_features(z: Tensor, count: int, epoch: int) -> None:
+    """Refuses rows z (N, D) of which fewer than `count` are different.
+
+    Raises:
+        DataError: in the first epoch, where the images are to blame.
+        CollapseError: later, where training is.
+    """
+    distinct = len(torch.unique(z, dim=0))
+    if distinct >= count:
+        return
+    if epoch == 0:
+        raise DataError(
+            f"method.pseudo_clusters is {count}, but the {len(z)} training images have only {distinct} different features; "
+            f"use fewer pseudo-clusters or more images"
+        )
+    raise CollapseError(
+        "guard spread",
+        f"the {len(z)} images have only {distinct} different features left in epoch {epoch + 1}, for {count} pseudo-clusters; lower the "
+        f"learning rate, or use more augmentation",
+    )

@@ -12,7 +12,7 @@ paper: any of our encoders; a larger embedding; steps that shrink, as its theore
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 import torch
 from pydantic import Field, model_validator
@@ -48,7 +48,7 @@ class StochasticQuantizationSettings(StagedSettings):
     r: float = Field(2.0, ge=1)
     init: Literal["classes", "++", "random"] = "++"
     quantizer: Optimizer = "sgd"
-    rho0: float | Literal["auto"] = "auto"
+    rho0: Annotated[float, Field(gt=0)] | Literal["auto"] = "auto"
     decay: float = Field(0.75, gt=0.5, le=1)
     passes: int = Field(1, ge=1)
     min_purity: float = Field(0.6, ge=0, le=1)
@@ -116,7 +116,7 @@ class StochasticQuantization(StagedMethod):
 
     @torch.no_grad()
     def begin(self) -> None:
-        self.spread = self.learner.all_latents().var(0, unbiased=False).sum()
+        self.spread = self._all_embeddings().var(0, unbiased=False).sum()
 
     def order(self, generator: torch.Generator) -> Tensor:
         options = self.settings.triplet
@@ -125,18 +125,17 @@ class StochasticQuantization(StagedMethod):
         return classes_by_images(self.labels, classes, images, self.steps_per_epoch, generator)
 
     def loss(self, index: Tensor) -> Tensor:
-        """The triplet loss of a batch of labelled images, in cluster space."""
+        """The triplet loss of a batch of labelled images: in cluster space where the projection learns, else on the features it will be fitted to."""
         options = self.settings.triplet
-        found = triplet_loss(
-            self.learner.latents(index), self.labels[index], options.margin if options != "none" else 0.0
-        )
+        z = self.learner.latents(index) if self._projects else self.learner.features(index)
+        found = triplet_loss(z, self.labels[index], options.margin if options != "none" else 0.0)
         self._counts += torch.tensor([found.pairs, found.active, found.fallbacks])
         return found.loss
 
     def after_epoch(self, epoch: int) -> EpochReport:
         pairs, active, fallbacks = (float(n) for n in self._counts)
         self._counts.zero_()
-        spread = float(self.learner.all_latents().var(0, unbiased=False).sum())
+        spread = float(self._all_embeddings().var(0, unbiased=False).sum())
         if not spread >= MIN_SPREAD_SHARE * float(self.spread):
             raise CollapseError(
                 "guard spread",
@@ -148,8 +147,18 @@ class StochasticQuantization(StagedMethod):
     @torch.no_grad()
     def end(self) -> None:
         model = self.learner.model
-        model.projection.fit(self.learner.all_features(), self.settings.n_clusters, self.learner.seed)
+        if not self._projects:
+            model.projection.fit(self.learner.all_features(), self.settings.n_clusters, self.learner.seed)
         self._quantize()
+
+    @property
+    def _projects(self) -> bool:
+        """Whether the projection learns with the encoder."""
+        return self.learner.model.projection.settings.learn
+
+    def _all_embeddings(self) -> Tensor:
+        """What the triplet loss moves, (N, D) of all images."""
+        return self.learner.all_latents() if self._projects else self.learner.all_features()
 
     def _quantize(self) -> None:
         options, seed = self.settings, self.learner.seed
@@ -185,7 +194,7 @@ class StochasticQuantization(StagedMethod):
         size = max(self.settings.n_clusters, len(self.classes))
         counts = torch.bincount(ids[used] * size + self.labels[used], minlength=size**2).reshape(size, size).cpu()
         best, label = counts.max(1)
-        sure = best >= self.settings.min_purity * counts.sum(1).clamp_min(1)
+        sure = (best > 0) & (best >= self.settings.min_purity * counts.sum(1))
         return torch.where(sure, label, -1)[: self.settings.n_clusters].tolist()
 
     def cluster_names(self) -> list[str] | None:
