@@ -62,10 +62,11 @@ def fit_or_reuse(settings: TrainSettings, folder: Path, progress: Progress) -> R
         CollapseError: a guard stopped the training.
     """
     has_checkpoint = (folder / "checkpoints" / NAME).is_file()
-    if has_checkpoint or (folder / "model.json").is_file():
+    is_complete = (folder / "model.json").is_file()  # written last; a kill right after it may leave the checkpoint
+    if has_checkpoint or is_complete:
         if load_settings(TrainSettings, folder / "config.yaml", "train") != settings:
             raise DataError(f"{folder} holds a run of other settings; choose another place with --out, or delete it")
-        if not has_checkpoint:
+        if is_complete:
             progress.say(f"reusing {folder}")
             return load_run(folder)
     return fit(settings, FitOptions(folder, (), has_checkpoint, progress))

@@ -11,10 +11,12 @@ import pytest
 
 from configs import ConfigError, load_text
 from tests.waiting import wait_until
-from trainer import load_run
+from trainer import FitOptions, fit, load_run
 from trainer.cli import main
+from trainer.progress import Silent
 from trainer.settings import TrainSettings
 from trainer.sweep import CONTROL_NAME, SweepOptions, sweep
+from trainer.trials import fit_or_reuse
 from trainer.variants import Range, expand, parse_grid, with_method
 
 DEC = "{name: dec, n_clusters: 3, n_init: 3, epochs: 2, optimizer: {kind: adam, lr: 0.001}}"
@@ -153,3 +155,10 @@ def test_ctrl_c_keeps_what_is_complete_and_the_same_command_goes_on(tiny_setting
     assert process.returncode == 130 and "the same command goes on from there" in error and "Traceback" not in error
     assert len(list((tmp_path / "s").glob("control*/seed-*/model.json"))) == 2
     assert len(list((tmp_path / "s").glob("dec*/seed-0/checkpoints/last.safetensors"))) == 1
+
+
+def test_a_run_that_was_killed_right_after_it_was_complete_is_complete(tiny_settings_text: str, tmp_path: Path) -> None:
+    settings = load_text(TrainSettings, tiny_settings_text, "tiny.yaml")
+    fit(settings, FitOptions(out=tmp_path / "run"))
+    (tmp_path / "run" / "checkpoints" / "last.safetensors").write_bytes(b"")
+    assert fit_or_reuse(settings, tmp_path / "run", Silent()).path == tmp_path / "run"
