@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import itertools
+import sys
 from typing import Literal
 
 import networkx as nx
@@ -193,3 +194,10 @@ def test_a_shattered_graph_is_never_preferred_to_a_number_in_range() -> None:
 def test_tuning_without_labels_names_the_setting() -> None:
     with pytest.raises(DataError, match=r"data\.path"):
         tune_resolution(cliques(3, 4), torch.full((12,), -1))
+
+
+def test_without_the_library_of_leiden_the_way_out_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "graspologic_native", None)
+    with pytest.raises(DataError, match="method.communities is leiden.*or use louvain"):
+        find_communities(cliques(3, 4), 12)
+    assert len(torch.unique(find_communities(cliques(3, 4), 12, CommunityOptions("louvain")))) == 3

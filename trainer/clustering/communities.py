@@ -16,14 +16,13 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Literal
 
-import graspologic_native
-import networkx as nx
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
 from trainer.clustering.ownership import OwnershipOptions, class_counts, decide_owners
+from trainer.errors import DataError
 
 MAX_TRIALS = 12  # gammas tried at most: from 1 that reaches 1/2048 or 2048
 
@@ -157,6 +156,12 @@ def _closeness(trial: Trial, aim: TuningAim, n_classes: int) -> tuple[bool, bool
 def _leiden(pairs: list[tuple[int, int]], n: int, options: CommunityOptions) -> NDArray[np.int64]:
     if not pairs:
         return np.arange(n, dtype=np.int64)  # the library refuses a graph without edges
+    try:
+        import graspologic_native
+    except ImportError:  # there is no wheel for every processor
+        raise DataError(
+            "method.communities is leiden, but graspologic-native is not installed; `pip install graspologic-native`, or use louvain"
+        ) from None
     _, found = graspologic_native.leiden(
         [(str(a), str(b), 1.0) for a, b in pairs], resolution=options.resolution, seed=options.seed
     )
@@ -165,6 +170,8 @@ def _leiden(pairs: list[tuple[int, int]], n: int, options: CommunityOptions) -> 
 
 
 def _louvain(pairs: list[tuple[int, int]], n: int, options: CommunityOptions) -> NDArray[np.int64]:
+    import networkx as nx  # a fifth of a second, for those who ask for it
+
     graph = nx.Graph()
     graph.add_nodes_from(range(n))
     graph.add_edges_from(pairs)

@@ -12,6 +12,7 @@ every `fresh_every`-th clustering starts afresh, as does one that a fresh mixtur
 
 from __future__ import annotations
 
+from dataclasses import replace
 from enum import IntEnum
 from typing import ClassVar, Literal
 
@@ -194,7 +195,8 @@ class DeepClusterMixture(PseudoLabelMethod):
         half = min(DRIFT_ROWS, len(z) // 2)
         if half < 2 * size:
             return False  # too few rows to say
-        fresh = fit_mixture(z[order[:half]], self._options(size), self.learner.seed + epoch)
+        once = replace(self._options(size), restarts=1)
+        fresh = fit_mixture(z[order[:half]], once, self.learner.seed + epoch)
         return drift(warm, fresh, z[order[half : 2 * half]]) > DRIFTED
 
     def _rows_of(self, r: Tensor) -> tuple[Tensor, Tensor]:
