@@ -178,7 +178,7 @@ def test_every_class_ships_its_largest_community_before_any_ships_a_second() -> 
 
 def test_fewer_clusters_than_classes_are_said_to_leave_some_out(tmp_path: Path) -> None:
     run = fit_blobs(write_blobs(tmp_path / "blobs.npz"), tmp_path / "run", epochs=2, n_clusters=3)
-    (text,) = run.info["train"]["warnings"]
+    (text,) = [text for text in run.info["train"]["warnings"] if "method.n_clusters" in text]
     assert run.model.n_clusters == 3 and "method.n_clusters is 3, fewer than there are classes" in text
 
 
@@ -216,3 +216,10 @@ def test_settings_that_cannot_be_are_refused_before_training() -> None:
         LCCSettings(resolution=-1.0)
     with pytest.raises(DataError, match="method.layers names 'layers'"):
         method(layers=("layers",))
+
+
+@pytest.mark.parametrize("fits", [True, False])
+def test_communities_that_fit_no_class_are_said_to_be_worth_little(fits: bool) -> None:
+    one = method()
+    one.owners, one._fits = list(range(KINDS)), fits
+    assert bool(one.warnings()) is not fits

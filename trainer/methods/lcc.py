@@ -104,6 +104,7 @@ class LCC(StagedMethod):
         self._pulls: list[float] = []
         self.owners: list[int] = []
         self._unshipped: list[int] = []
+        self._fits = True
         self._review: list[tuple[int, str]] = []
 
     def init_centroids(self) -> None:
@@ -232,9 +233,8 @@ class LCC(StagedMethod):
             return
         path = folder / LOG
         rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
-        rows = [
-            row for row in rows if row["epoch"] < epoch
-        ]  # a resumed run, or another one here before, has been further
+        # A run that was killed and resumed has been further, as has one that was here before.
+        rows = [row for row in rows if row["epoch"] < epoch]
         write_whole(path, "".join(json.dumps(row) + "\n" for row in [*rows, {"epoch": epoch, "layers": layers}]))
 
     def after_epoch(self, epoch: int) -> EpochReport:
@@ -249,7 +249,9 @@ class LCC(StagedMethod):
         features = learner.all_features()
         model.projection.fit(features, min(self.settings.n_clusters, len(features)), learner.seed)
         last = row_of(features)
-        ownership = self._owners(self._communities(last, self.epochs).communities)
+        tuned = self._communities(last, self.epochs)
+        self._fits = tuned.fit
+        ownership = self._owners(tuned.communities)
         self._suspect(ownership, last)
         counts = torch.bincount(ownership.communities[ownership.correct], minlength=len(ownership.owners))
         shipped = shipped_communities(counts, ownership.owners, self.settings.n_clusters, self.settings.min_correct)
@@ -281,6 +283,11 @@ class LCC(StagedMethod):
         present = torch.unique(self.y[self.y >= 0]).tolist()
         nothing = [self.classes[a] for a in present if a not in self.owners and a not in self._unshipped]
         found = []
+        if not self._fits:
+            found.append(
+                f"no method.resolution gave communities that fit the {len(present)} classes (as many as classes, at most ten times as many, "
+                f"nearly every class owning one): what they say of misclustered images is worth little; try more method.neighbours"
+            )
         if nothing:
             found.append(
                 f"{len(nothing)} of {len(present)} classes own no community and have no cluster: {', '.join(nothing[:10])}; their parts will "
