@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from trainer.guards import ClusterGuard
+from trainer.stage import figures_of, figures_state
 
 
 class Convergence:
@@ -69,14 +70,13 @@ class Convergence:
 
     def state(self) -> dict[str, Tensor]:
         """Everything as tensors."""
-        shown = {f"figure.{key}": torch.tensor(value, dtype=torch.float64) for key, value in self._figures.items()}
-        return shown | {f"convergence.{key}": torch.as_tensor(getattr(self, key)) for key in self.KEYS}
+        return figures_state(self._figures) | {
+            f"convergence.{key}": torch.as_tensor(getattr(self, key)) for key in self.KEYS
+        }
 
     def load_state(self, state: dict[str, Tensor]) -> None:
         """Takes back what `state` gave."""
         self.reference = state["convergence.reference"]
-        self._figures = {
-            key.removeprefix("figure."): float(value) for key, value in state.items() if key.startswith("figure.")
-        }
+        self._figures = figures_of(state)
         for key in self.KEYS[1:]:
             setattr(self, key, state[f"convergence.{key}"].item())

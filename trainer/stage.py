@@ -50,6 +50,19 @@ class EpochReport:
     stop: bool = False
 
 
+FIGURE = "figure."
+
+
+def figures_state(figures: dict[str, float]) -> dict[str, Tensor]:
+    """The log's figures as a checkpoint keeps them: an epoch that is resumed shows what an uninterrupted one would."""
+    return {f"{FIGURE}{key}": torch.tensor(value, dtype=torch.float64) for key, value in figures.items()}
+
+
+def figures_of(state: dict[str, Tensor]) -> dict[str, float]:
+    """What `figures_state` was given."""
+    return {key.removeprefix(FIGURE): float(value) for key, value in state.items() if key.startswith(FIGURE)}
+
+
 def _nothing() -> None: ...
 
 

@@ -40,7 +40,7 @@ from trainer.learner import SCRATCH, Learner, Supervision
 from trainer.methods.base import MethodSettings
 from trainer.methods.head import head_state, load_head, own_draws
 from trainer.methods.staged import StagedMethod, StagedSettings
-from trainer.stage import EpochReport, OptimizerSettings
+from trainer.stage import EpochReport, OptimizerSettings, figures_of, figures_state
 from trainer.whole_file import save_tensors, write_whole
 
 LOG = "communities.jsonl"
@@ -305,13 +305,11 @@ class LCC(StagedMethod):
         state |= {f"rounds.{n}": rounds.rounds for n, rounds in enumerate(self.rounds)}
         for n, source in enumerate(self._sources):
             state |= {f"source.{n}.{key}": value.clone() for key, value in source.items()}
-        return state | {
-            f"figure.{key}": torch.tensor(value, dtype=torch.float64) for key, value in self._figures.items()
-        }
+        return state | figures_state(self._figures)
 
     def load_state(self, state: dict[str, Tensor]) -> None:
         load_head(self.head, state)
-        self._figures = {k.removeprefix("figure."): float(v) for k, v in state.items() if k.startswith("figure.")}
+        self._figures = figures_of(state)
         for n, rounds in enumerate(self.rounds):
             rounds.rounds = state[f"rounds.{n}"]
         sources: dict[int, dict[str, Tensor]] = {}

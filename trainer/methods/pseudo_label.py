@@ -20,7 +20,7 @@ from trainer.guards import ClusterGuard
 from trainer.learner import Learner
 from trainer.methods.staged import StagedMethod, StagedSettings
 from trainer.metric import effective_clusters
-from trainer.stage import EpochReport, OptimizerSettings
+from trainer.stage import EpochReport, OptimizerSettings, figures_of, figures_state
 
 MIN_EFFECTIVE_SHARE = 0.2  # of the pseudo-clusters; below it they have merged, and the head learns next to nothing
 LOG = "pseudo_labels"
@@ -121,12 +121,11 @@ class PseudoLabelMethod(StagedMethod):
         super().init_centroids()
 
     def state(self) -> dict[str, Tensor]:
-        shown = {f"figure.{key}": torch.tensor(value, dtype=torch.float64) for key, value in self._figures.items()}
-        return super().state() | shown
+        return super().state() | figures_state(self._figures)
 
     def load_state(self, state: dict[str, Tensor]) -> None:
         super().load_state(state)
-        self._figures = {k.removeprefix("figure."): float(v) for k, v in state.items() if k.startswith("figure.")}
+        self._figures = figures_of(state)
 
 
 def filled_share(ids: Tensor, n_clusters: int) -> float:
