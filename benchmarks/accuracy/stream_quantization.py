@@ -1,7 +1,7 @@
 """A stream too long to hold: stochastic quantization and mini-batch k-means in one pass, against Lloyd on a sample of it.
 
-    python -m benchmarks.stream_quantization                                         # 10 M vectors, some 20 minutes on a busy machine
-    python -m benchmarks.stream_quantization --n 500000 --sample 100000 --seed 1     # a few minutes
+    python -m benchmarks.accuracy.stream_quantization                                         # 10 M vectors, some 20 minutes on a busy machine
+    python -m benchmarks.accuracy.stream_quantization --n 500000 --sample 100000 --seed 1     # a few minutes
 
 The stream is a mixture of K Gaussians with log-normal weights, drawn batch by batch from the seed and never stored. Seconds are those
 of learning, each in a process of its own; drawing the stream is measured apart. Memory is the resident set's growth over a pass, in all
