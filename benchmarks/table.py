@@ -11,6 +11,7 @@ from pathlib import Path
 SHARED = Path(os.environ.get("EDGE_DKM_SHARED", "../shared"))
 REAL_SETS = SHARED / "data"
 WEIGHTS = f"encoder.weights={SHARED / 'weights' / 'squeezenet1_0-imagenet.safetensors'}"
+FEATURE_WEIGHTS = WEIGHTS.replace("encoder.", "encoder.backbone.", 1)  # of encoder feature_mlp
 
 
 def real_set(name: str) -> Path:

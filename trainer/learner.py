@@ -79,6 +79,21 @@ class Learner:
             self.decoder = decoder.to(self.device)
         return self.decoder
 
+    def need_classes(self, why: str, otherwise: str) -> Supervision:
+        """The labels of the training samples, for a method that learns from at least two classes.
+
+        Raises:
+            DataError: there are fewer; `why` is the setting that asks for them, `otherwise` what else there is to do.
+        """
+        labels = torch.zeros(0, dtype=torch.int64) if self.supervision is None else self.supervision.labels
+        found = len(torch.unique(labels[labels >= 0]))
+        if self.supervision is None or found < 2:
+            raise DataError(
+                f"{why}, which learns from class folders, but data.path has {found} of them among the training images, "
+                f"expected at least 2; {otherwise}"
+            )
+        return self.supervision
+
     def batch(self, index: Tensor) -> Tensor:
         """What the trained part of the encoder sees of samples `index` (B,) while training: changed as `augment:` says."""
         if self.options.augment.is_identity:

@@ -19,7 +19,7 @@ import torch
 from safetensors.torch import load_file
 
 from benchmarks.accuracy.cifar import cifar_subset
-from benchmarks.table import SHARED, real_set, show_table
+from benchmarks.table import FEATURE_WEIGHTS, real_set, show_table
 from trainer.artifact import Run, load_run
 from trainer.cluster_names import class_of
 from trainer.data import Dataset
@@ -52,8 +52,7 @@ def x_sdd_halves(folder: Path, seed: int) -> dict[str, Path]:
 def measure(data: str, arm: str, seed: int, out: Path, extra: list[str]) -> tuple[float, float, float, int]:
     """Accuracy of the classifier and of the nearest centroid on the test images, seconds per epoch, clusters."""
     if data == "x_sdd":
-        weights = f"encoder.backbone.weights={SHARED / 'weights' / 'squeezenet1_0-imagenet.safetensors'}"
-        parts, config, more = x_sdd_halves(out / "sets", seed), "x_sdd_lcc", [weights, "novelty=none"]
+        parts, config, more = x_sdd_halves(out / "sets", seed), "x_sdd_lcc", [FEATURE_WEIGHTS, "novelty=none"]
     else:
         parts = {part: cifar_subset(out / "sets", part) for part in ("train", "test")}
         config, more = "cifar_lcc", []

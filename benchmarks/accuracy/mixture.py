@@ -12,7 +12,7 @@ import argparse
 from pathlib import Path
 
 from benchmarks.accuracy.cifar import cifar_subset
-from benchmarks.table import SHARED, real_set, show_table
+from benchmarks.table import FEATURE_WEIGHTS, real_set, show_table
 from trainer.errors import CollapseError
 from trainer.progress import Terminal
 from trainer.trials import fit_or_reuse, load_base
@@ -24,8 +24,7 @@ def overrides_of(data: str, out: Path) -> tuple[str, list[str]]:
     """The shipped settings for `data`, and what is set in them."""
     cache = f"pretrain.cache={out / 'autoencoders'}"
     if data == "x_sdd":
-        weights = f"encoder.backbone.weights={SHARED / 'weights' / 'squeezenet1_0-imagenet.safetensors'}"
-        return "x_sdd_deepcluster_mixture", [f"data.path={real_set('x_sdd')}", weights, cache]
+        return "x_sdd_deepcluster_mixture", [f"data.path={real_set('x_sdd')}", FEATURE_WEIGHTS, cache]
     return "cifar_deepcluster_mixture", [f"data.path={cifar_subset(out / 'sets', 'train')}", cache]
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from benchmarks.table import SHARED, WEIGHTS, real_set, show_table, spread
+from benchmarks.table import FEATURE_WEIGHTS, WEIGHTS, real_set, show_table, spread
 from trainer import FitOptions, Run, fit
 from trainer.data import Dataset
 from trainer.evaluate import read_like
@@ -22,7 +22,6 @@ from trainer.metric import score_labels
 
 Image = NDArray[np.uint8]
 NOISE_SHARE, COVERED_SHARE = 0.15, 0.10
-FEATURE_WEIGHTS = f"encoder.backbone.weights={SHARED / 'weights' / 'squeezenet1_0-imagenet.safetensors'}"
 METHODS = {
     "ae_kmeans": ("x_sdd_ae_kmeans", WEIGHTS, []),
     "smoothed_kmeans": ("x_sdd_smoothed_kmeans", WEIGHTS, []),

@@ -84,12 +84,18 @@ def check_distinct(z: Tensor, n_clusters: int) -> None:
     Raises:
         DataError: so it is; the text names method.n_clusters.
     """
-    if len(torch.unique(z[:FEW], dim=0)) >= n_clusters or (distinct := len(torch.unique(z, dim=0))) >= n_clusters:
+    if (distinct := distinct_rows(z, n_clusters)) >= n_clusters:
         return
     raise DataError(
         f"method.n_clusters is {n_clusters}, but the {len(z)} images have only {distinct} different embeddings; "
         f"use fewer clusters or more images"
     )
+
+
+def distinct_rows(z: Tensor, enough: int) -> int:
+    """Number of different rows of z (N, D); at least `enough` where the first FEW show as many already, which saves sorting the rest."""
+    few = len(torch.unique(z[:FEW], dim=0))
+    return few if few >= enough else len(torch.unique(z, dim=0))
 
 
 def seeding(z: Tensor, n_clusters: int, generator: torch.Generator, kind: Literal["++", "random"]) -> Tensor:

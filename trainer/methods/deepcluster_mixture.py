@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from trainer.clustering.bayesian_mixture import Mixture, MixtureOptions, Reuse, fit_mixture
 from trainer.clustering.boundary import fit_boundary
+from trainer.clustering.kmeans import distinct_rows
 from trainer.clustering.mixture_state import mixture_from, mixture_state
 from trainer.clustering.soft_labels import DRIFTED, Pruned, SoftLabels, balancing_weights, drift, prune, temper
 from trainer.distance import nearest
@@ -179,7 +180,7 @@ class DeepClusterMixture(PseudoLabelMethod):
         return pruned, self.head_rows[pruned.kept], False
 
     def _fresh(self, z: Tensor, size: int, epoch: int) -> Pruned:
-        size = min(size, len(torch.unique(z, dim=0)))  # pictures that repeat cannot be told apart
+        size = min(size, distinct_rows(z, size))  # pictures that repeat cannot be told apart
         return prune(fit_mixture(z, self._options(size), self.learner.seed + epoch), z)
 
     def _grow(self, found: int) -> None:

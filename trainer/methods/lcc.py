@@ -33,10 +33,9 @@ from trainer.clustering.representatives import (
     build_same_class_bank,
     suspected_mislabels,
 )
-from trainer.errors import DataError
 from trainer.feature_store import FeatureStore
 from trainer.layer_tap import FEATURES, LayerTap, row_of
-from trainer.learner import SCRATCH, Learner, Supervision
+from trainer.learner import SCRATCH, Learner
 from trainer.methods.base import MethodSettings
 from trainer.methods.head import head_state, load_head, own_draws
 from trainer.methods.staged import StagedMethod, StagedSettings
@@ -87,11 +86,11 @@ class LCC(StagedMethod):
         super().__init__(settings, learner, batch_size)
         self.need_trainable()
         self.epochs = settings.epochs
-        self.y, self.classes = _labels(learner.supervision, learner.device)
-        if learner.model.projection.settings.learn:
-            raise DataError(
-                "projection.learn is true, but method lcc trains the encoder and fits the projection to its features; leave it out"
-            )
+        given = learner.need_classes(
+            "method.name is lcc", "sort the images into one folder per class, or use an unsupervised method"
+        )
+        self.y, self.classes = given.labels.to(learner.device), given.classes
+        self.refuse_learned_projection()
         self.tap = LayerTap(
             learner.model.encoder, settings.layers, "method.layers", lambda: next(learner.feature_batches())
         )
@@ -333,21 +332,6 @@ def shipped_communities(counts: Tensor, owners: Tensor, most: int, min_correct: 
     largest = [b for n, b in enumerate(by_size) if owners[b] not in owners[by_size[:n]]]
     others = [b for b in by_size if b not in largest and counts[b] >= min_correct]
     return torch.tensor((largest + others)[:most], device=counts.device)
-
-
-def _labels(given: Supervision | None, device: torch.device) -> tuple[Tensor, tuple[str, ...]]:
-    """Class (N,) of each training sample, -1 where unknown, and the names of the classes.
-
-    Raises:
-        DataError: fewer than two classes among the training images.
-    """
-    found = 0 if given is None else len(torch.unique(given.labels[given.labels >= 0]))
-    if given is None or found < 2:
-        raise DataError(
-            f"method.name is lcc, which learns from class folders, but data.path has {found} of them among the training images, "
-            f"expected at least 2; sort the images into one folder per class, or use an unsupervised method"
-        )
-    return given.labels.to(device), given.classes
 
 
 def _cross_entropy(logits: Tensor, y: Tensor) -> Tensor:

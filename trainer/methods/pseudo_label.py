@@ -15,6 +15,7 @@ from pydantic import Field
 from sklearn.metrics import normalized_mutual_info_score
 from torch import Tensor
 
+from trainer.clustering.kmeans import distinct_rows
 from trainer.errors import CollapseError, DataError
 from trainer.guards import ClusterGuard
 from trainer.learner import Learner
@@ -48,10 +49,7 @@ class PseudoLabelMethod(StagedMethod):
     def __init__(self, settings: PseudoLabelSettings, learner: Learner, batch_size: int) -> None:
         super().__init__(settings, learner, batch_size)
         self.need_trainable()
-        if learner.model.projection.settings.learn:
-            raise DataError(
-                f"projection.learn is true, but method {settings.name} trains the encoder and fits the projection to its features; leave it out"
-            )
+        self.refuse_learned_projection()
         self.epochs = settings.epochs
         self.spread = torch.tensor(0.0, device=learner.device)
         self.ids = torch.full((len(learner),), -1, device=learner.device)
@@ -153,7 +151,7 @@ def check_distinct_features(z: Tensor, count: int, epoch: int) -> None:
         DataError: in the first epoch, where the images are to blame.
         CollapseError: later, where training is.
     """
-    distinct = len(torch.unique(z, dim=0))
+    distinct = distinct_rows(z, count)
     if distinct >= count:
         return
     if epoch == 0:

@@ -79,6 +79,18 @@ class StagedMethod(Method):
             f"expected a trainable encoder{choice}"
         )
 
+    def refuse_learned_projection(self) -> None:
+        """Refuses a projection that learns, for methods that fit it to the features at their end.
+
+        Raises:
+            DataError: so it is.
+        """
+        if self.learner.model.projection.settings.learn:
+            raise DataError(
+                f"projection.learn is true, but method {self.settings.name} trains the encoder and fits the projection to its features; "
+                f"leave it out"
+            )
+
     def modules(self) -> list[nn.Module]:
         """What goes into training mode: the encoder where it trains, the decoder where it is kept."""
         model, decoder = self.learner.model, self.learner.decoder

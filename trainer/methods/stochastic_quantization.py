@@ -84,13 +84,10 @@ class StochasticQuantization(StagedMethod):
 
     def _used_labels(self, share: float) -> tuple[Tensor, tuple[str, ...]]:
         """Labels (N,) of `share` of the labelled images, drawn by the seed; at least two of every class that has two."""
-        given = self.learner.supervision
-        known = torch.zeros(0, dtype=torch.int64) if given is None else torch.unique(given.labels[given.labels >= 0])
-        if given is None or len(known) < 2:
-            raise DataError(
-                f"method.name is stochastic_quantization with method.triplet, which learns from class folders, but data.path has "
-                f"{len(known)} of them among the training images, expected at least 2; or set method.triplet: none"
-            )
+        given = self.learner.need_classes(
+            "method.name is stochastic_quantization with method.triplet", "or set method.triplet: none"
+        )
+        known = torch.unique(given.labels[given.labels >= 0])
         if self.settings.init == "classes" and self.settings.n_clusters != len(known):
             raise DataError(
                 f"method.init is classes, but method.n_clusters is {self.settings.n_clusters} and the training images have "
