@@ -15,7 +15,7 @@ class DeviceError(Exception):
 
 
 class CameraError(DeviceError):
-    """A camera that cannot be opened or read. `code` is stable (C-NODEV, C-OPEN, C-LOST, C-SPEC), the text is for people."""
+    """A camera that cannot be opened or read. `code` is stable (C-NODEV, C-LOST, C-STALL), the text is for people."""
 
     exit_code = 4
 

@@ -24,12 +24,16 @@ class Fault:
 
 @dataclass(frozen=True)
 class Frame:
-    """`image`: (H, W, 3) uint8 BGR, empty where `fault` is set. `mono_s`: monotonic seconds at capture (wall time is the runtime's business)."""
+    """`image`: (H, W, 3) uint8 BGR, empty where `fault` is set. `mono_s`: monotonic seconds at capture (wall time is the runtime's business).
+
+    `position_ms`: the stream's own time, where it has one.
+    """
 
     image: NDArray[np.uint8]
     index: int
     mono_s: float
     fault: Fault | None = None
+    position_ms: float | None = None
 
     @classmethod
     def now(cls, image: NDArray[np.uint8], index: int) -> Frame:
@@ -44,9 +48,10 @@ class Frame:
 
 @dataclass(frozen=True)
 class Cropper:
-    """Cuts the ROI (x, y, w, h) out of each frame and copies it once; without a ROI the frame passes as it is."""
+    """Cuts the ROI (x, y, w, h) out of each frame, as a copy unless told otherwise; without a ROI the frame passes as it is."""
 
     roi: Roi | None
+    copies: bool = True
 
     def __call__(self, frame: Frame) -> Frame:
         """Raises CameraError where the ROI does not lie inside the frame."""
@@ -58,7 +63,8 @@ class Cropper:
             raise CameraError(
                 "C-ROI", f"roi {x},{y},{w},{h} reaches to {x + w},{y + h}, but the frames are {width}x{height}"
             )
-        return replace(frame, image=np.ascontiguousarray(frame.image[y : y + h, x : x + w]))
+        cut = frame.image[y : y + h, x : x + w]
+        return replace(frame, image=np.ascontiguousarray(cut) if self.copies else cut)
 
 
 class Pacer:

@@ -5,12 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
-import cv2
-import numpy as np
-
 from devices.errors import CameraError
 from devices.frame import Frame, Pacer
 from devices.settings import CameraSettings
+from devices.sources.picture import decode_picture
 
 SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp", ".pgm", ".ppm"})
 DEFAULT_FPS = 10.0
@@ -29,7 +27,7 @@ class FolderSource:
         self._files = sorted(f for f in folder.rglob("*") if f.suffix.lower() in SUFFIXES and f.is_file())
         if not self._files:
             raise CameraError("C-NODEV", f"folder {path} holds no images ({', '.join(sorted(SUFFIXES))})")
-        self._loop = settings.loop
+        self._loop, self._check_damage = settings.loop, settings.checks.damaged
         self._pacer = Pacer((settings.fps or DEFAULT_FPS) if settings.pace == "source" else None)
         self._closed = False
 
@@ -40,7 +38,7 @@ class FolderSource:
                 self._pacer.wait()
                 if self._closed:
                     return
-                yield read_image(file, index)
+                yield read_image(file, index, check_damage=self._check_damage)
                 index += 1
             if not self._loop:
                 return
@@ -50,20 +48,10 @@ class FolderSource:
         self._pacer.stop()
 
 
-def read_image(file: Path, index: int = 0) -> Frame:
+def read_image(file: Path, index: int = 0, *, check_damage: bool = True) -> Frame:
     """One image file as a frame; where it cannot be decoded to 8 bits per channel, a faulty one."""
     try:
         data = file.read_bytes()
     except OSError as error:
         return Frame.faulty("F-DECODE", f"{file}: {error.strerror or error}", index)
-    if not data:
-        return Frame.faulty("F-DECODE", f"{file}: empty (0 bytes)", index)
-    try:
-        image = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR | cv2.IMREAD_ANYDEPTH)
-    except cv2.error as error:
-        return Frame.faulty("F-DECODE", f"{file}: {error.err}", index)
-    if image is None:
-        return Frame.faulty("F-DECODE", f"{file}: not an image ({len(data)} bytes)", index)
-    if image.dtype != np.uint8:
-        return Frame.faulty("F-DECODE", f"{file}: {image.dtype} pixels, expected 8 bits per channel", index)
-    return Frame.now(np.asarray(image, np.uint8), index)
+    return decode_picture(data, str(file), index, check_damage=check_damage)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from devices.triggers.base import Shot, Trigger, TriggerSettings
 from devices.triggers.free import FreeTrigger
+from devices.triggers.mqtt import MqttTrigger
 from devices.triggers.part_present import PartPresentTrigger
 from devices.triggers.timer import TimerTrigger
 
@@ -11,6 +12,7 @@ TRIGGERS: dict[str, type[Trigger]] = {
     "free": FreeTrigger,
     "timer": TimerTrigger,
     "part_present": PartPresentTrigger,
+    "mqtt": MqttTrigger,
 }
 
 __all__ = ["TRIGGERS", "Shot", "Trigger", "TriggerSettings"]

@@ -20,20 +20,21 @@ class TriggerSettings(Settings):
 class PlannedTriggerSettings(TriggerSettings):
     """Kinds whose names are fixed and which are not built yet."""
 
-    kind: Literal["mqtt", "plc"]
+    kind: Literal["plc"]
 
     @model_validator(mode="after")
     def _refuse(self) -> PlannedTriggerSettings:
-        raise ValueError(f"trigger kind {self.kind} is not built yet, expected free, timer or part_present")
+        raise ValueError(f"trigger kind {self.kind} is not built yet, expected free, timer, part_present or mqtt")
 
 
 @dataclass(frozen=True)
 class Shot:
-    """A frame to be inspected. `trigger_id` counts the trigger's shots from 1."""
+    """A frame to be inspected. `trigger_id` counts the trigger's shots from 1; `token` is that of the command that asked for it."""
 
     frame: Frame
     kind: str
     trigger_id: int
+    token: str | None = None
 
 
 class Trigger:
@@ -62,6 +63,17 @@ class Trigger:
     def reset(self) -> None:
         """The stream was interrupted: forget what was half seen."""
 
-    def _shot(self, frame: Frame) -> Shot:
+    def fire(self, token: str, fired_s: float) -> None:
+        """Asks for the next frame captured after `fired_s` (monotonic); only some kinds take commands, the others raise ValueError."""
+        raise ValueError(f"trigger kind is {self.settings.kind}, which takes no commands; expected mqtt")
+
+    def withdraw(self, token: str) -> None:
+        """Forgets a token that nobody waits for any more."""
+
+    def count_from(self, next_id: int) -> None:
+        """The next shot gets this id: the numbers of a camera go on when its process is replaced."""
+        self._count = next_id - 1
+
+    def _shot(self, frame: Frame, token: str | None = None) -> Shot:
         self._count += 1
-        return Shot(frame, self.settings.kind, self._count)
+        return Shot(frame, self.settings.kind, self._count, token)

@@ -13,10 +13,15 @@ import numpy as np
 import pytest
 
 
+def ramp() -> np.ndarray:
+    """Some contrast: a picture without any is a faulty frame. Adds 0 to 15 levels."""
+    return np.broadcast_to((np.arange(64) // 4).astype(np.uint8)[None, :, None], (48, 64, 3))
+
+
 def film(path: Path, frames: int = 12, fps: float = 50) -> Path:
     writer = cv2.VideoWriter(str(path), cv2.VideoWriter.fourcc(*"mp4v"), fps, (64, 48))
     for n in range(frames):
-        writer.write(np.full((48, 64, 3), 10 + 15 * n, np.uint8))
+        writer.write(np.full((48, 64, 3), 10 + 15 * n, np.uint8) + ramp())
     writer.release()
     return path
 
@@ -33,7 +38,7 @@ class _Mjpeg(http.server.BaseHTTPRequestHandler):
         self.send_header("Content-Type", "multipart/x-mixed-replace; boundary=frame")
         self.end_headers()
         for n in range(self._frames):
-            data = cv2.imencode(".jpg", np.full((48, 64, 3), 20 + 10 * n, np.uint8))[1].tobytes()
+            data = cv2.imencode(".jpg", np.full((48, 64, 3), 20 + 10 * n, np.uint8) + ramp())[1].tobytes()
             self.wfile.write(
                 b"--frame\r\nContent-Type: image/jpeg\r\nContent-Length: %d\r\n\r\n" % len(data) + data + b"\r\n"
             )

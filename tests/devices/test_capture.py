@@ -12,7 +12,7 @@ from devices.frame import Frame
 from devices.settings import CameraSettings
 from devices.triggers import Shot
 from tests.devices.conftest import film
-from tests.images import write_png
+from tests.images import draw, write_png
 from tests.waiting import wait_until
 
 
@@ -63,7 +63,7 @@ def test_a_roi_outside_the_frame_ends_a_recorded_source(tmp_path: Path) -> None:
 
 def test_frames_that_change_their_size_are_another_camera(tmp_path: Path) -> None:
     for n, side in enumerate((32, 32, 40)):
-        write_png(tmp_path / f"{n}.png", np.zeros((side, side, 3), np.uint8))
+        write_png(tmp_path / f"{n}.png", draw("disc", np.random.default_rng(n), side))
     capture = Listener().start(source=str(tmp_path))
     assert capture.ended.wait(20) and capture.error is not None
     assert capture.error.code == "C-CHANGED" and "frames were 32x32 and are now 40x40" in str(capture.error)
@@ -72,7 +72,7 @@ def test_frames_that_change_their_size_are_another_camera(tmp_path: Path) -> Non
 def test_a_live_camera_that_goes_away_is_reopened(mjpeg_camera: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("devices.capture.RECONNECT_FIRST_S", 0.05)
     listener = Listener()
-    capture = listener.start(source=mjpeg_camera)
+    capture = listener.start(source=mjpeg_camera, policy="every")
     states = [listener.statuses.get(timeout=20).state for _ in range(3)]
     capture.stop()
     assert states == ["online", "offline", "online"] and capture.status().reconnects >= 1

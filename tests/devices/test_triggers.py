@@ -8,6 +8,7 @@ from devices.frame import Frame
 from devices.sources.synthetic import Conveyor, ConveyorOptions
 from devices.triggers import Shot
 from devices.triggers.free import FreeSettings, FreeTrigger
+from devices.triggers.mqtt import MqttSettings, MqttTrigger
 from devices.triggers.part_present import PartPresentSettings, PartPresentTrigger
 from devices.triggers.timer import TimerSettings, TimerTrigger
 
@@ -129,10 +130,41 @@ def test_the_free_trigger_shoots_every_frame_and_a_timer_one_per_period() -> Non
 
 @pytest.mark.parametrize("kind", [FreeTrigger, TimerTrigger])
 def test_only_a_part_trigger_stands_for_a_part(kind: type) -> None:
-    assert not kind.stands_for_part and PartPresentTrigger.stands_for_part
+    assert not kind.stands_for_part and PartPresentTrigger.stands_for_part and MqttTrigger.stands_for_part
 
 
 def test_a_region_outside_the_frame_is_an_error_and_no_line_that_waits_for_ever() -> None:
     trigger = PartPresentTrigger(PartPresentSettings(region=(60, 0, 20, 20)), None)
     with pytest.raises(CameraError, match=r"C-ROI trigger\.region 60,0,20,20 .* 64x48"):
         trigger.update(Frame.now(np.zeros((48, 64, 3), np.uint8), 0))
+
+
+def test_a_command_takes_the_first_frame_captured_after_it_and_each_command_its_own() -> None:
+    trigger = MqttTrigger(MqttSettings(), None)
+    trigger.count_from(7)
+    assert trigger.update(frame(belt(None), 0, 1.0)) is None
+    for token, fired_s in (("a", 2.0), ("b", 2.1), ("late", 2.2)):
+        trigger.fire(token, fired_s)
+    trigger.withdraw("late")
+    times = [1.9, 2.05, 2.06, 2.2, 2.3]  # the first was captured before the command, and read after it
+    shots = [trigger.update(frame(belt(None), n, t)) for n, t in enumerate(times)]
+    assert [shot and (shot.token, shot.trigger_id, shot.frame.mono_s) for shot in shots] == [
+        None,
+        ("a", 7, 2.05),
+        None,
+        ("b", 8, 2.2),
+        None,
+    ]
+
+
+def test_a_command_is_not_forgotten_when_the_stream_is_interrupted_and_is_answered_by_a_faulty_frame_too() -> None:
+    trigger = MqttTrigger(MqttSettings(), None)
+    trigger.fire("a", 0.0)
+    trigger.reset()
+    shot = trigger.update(Frame.faulty("F-DECODE", "x", 0))
+    assert shot is not None and shot.token == "a" and shot.frame.fault is not None
+
+
+def test_a_trigger_that_takes_no_commands_says_so() -> None:
+    with pytest.raises(ValueError, match="trigger kind is free, which takes no commands"):
+        FreeTrigger(FreeSettings(), None).fire("a", 0.0)
