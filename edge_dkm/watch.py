@@ -7,10 +7,10 @@ import os
 import time
 from collections.abc import Callable
 
-from edge_dkm.embedded_broker import as_embedded_speaks
 from edge_dkm.errors import BrokerError
-from edge_dkm.mqtt import Link, await_connack, open_link, pump
-from edge_dkm.settings import LineSettings
+from edge_dkm.mqtt.embedded_broker import as_embedded_speaks
+from edge_dkm.mqtt.link import Link, await_connack, open_link, pump
+from edge_dkm.settings import EMBEDDED, LineSettings
 
 RETRY_S = 0.2
 
@@ -24,7 +24,6 @@ def watch(settings: LineSettings, show: Callable[[str, bytes], bool], wait_s: fl
     settings = as_embedded_speaks(settings)
     link = _connect(settings, time.monotonic() + wait_s)
     try:
-        await_connack(link, settings.mqtt)
         link.client.subscribe(f"{settings.base_topic}/#", qos=1)
         has_stopped = False
         while link.lost is None:
@@ -36,7 +35,8 @@ def watch(settings: LineSettings, show: Callable[[str, bytes], bool], wait_s: fl
                     has_stopped = b'"stopped"' in payload
                 if not show(message.topic, payload):
                     return
-        if has_stopped:  # an embedded broker ends with its line
+        # An embedded broker ends with its line, at once: what it had not sent yet is gone, the line's goodbye with it.
+        if has_stopped or settings.mqtt.host == EMBEDDED:
             return
         raise BrokerError(f"MQTT broker {settings.mqtt.host}:{settings.mqtt.effective_port} {link.lost}")
     finally:
@@ -44,12 +44,18 @@ def watch(settings: LineSettings, show: Callable[[str, bytes], bool], wait_s: fl
 
 
 def _connect(settings: LineSettings, deadline_s: float) -> Link:
-    """A broker that is being started refuses at first; another process's start has no event to wait for."""
+    """A broker that is being started refuses at first, or accepts and hangs up; another process's start has no event to wait for."""
     while True:
+        link = None
         try:
-            return open_link(settings.mqtt, f"edge-dkm-watch-{settings.station}-{os.getpid()}", clean=True)
-        except BrokerError:
-            if time.monotonic() > deadline_s:
+            link = open_link(settings.mqtt, f"edge-dkm-watch-{settings.station}-{os.getpid()}", clean=True)
+            await_connack(link, settings.mqtt)
+            return link
+        except BrokerError as error:
+            if link is not None:
+                link.client.disconnect()
+            may_change = settings.mqtt.host == EMBEDDED or error.code in {"M-OFFLINE", "M-DNS"}
+            if not may_change or time.monotonic() > deadline_s:
                 raise
             time.sleep(RETRY_S)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import socket
 import subprocess
 import threading
@@ -12,8 +13,8 @@ from typing import Any
 
 import pytest
 
-from edge_dkm.embedded_broker import find_mosquitto
-from edge_dkm.mqtt import await_connack, open_link, pump
+from edge_dkm.mqtt.embedded_broker import find_mosquitto
+from edge_dkm.mqtt.link import await_connack, open_link, pump
 from edge_dkm.settings import MqttSettings
 from tests.waiting import wait_until
 
@@ -52,6 +53,16 @@ class Mosquitto:
             self._process.kill()
             self._process.wait()
             self._process = None
+
+    def freeze(self) -> None:
+        """Connections stay open and nothing answers."""
+        if self._process is not None:
+            self._process.send_signal(signal.SIGSTOP)
+
+    def thaw(self) -> None:
+        """Goes on as if nothing had been."""
+        if self._process is not None:
+            self._process.send_signal(signal.SIGCONT)
 
     def _accepts(self) -> bool:
         try:

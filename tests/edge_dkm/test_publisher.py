@@ -1,100 +1,44 @@
 from __future__ import annotations
 
-import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from edge_dkm import publisher as publisher_module
 from edge_dkm.message import State
-from edge_dkm.outbox import Draft, Numbers, Outbox
-from edge_dkm.publisher import Publisher
+from edge_dkm.mqtt import delivery as delivery_module
 from edge_dkm.settings import LineSettings
 from tests.broker import Mosquitto, Subscriber, free_port
+from tests.stations import Station
 from tests.waiting import wait_until
 
 pytestmark = pytest.mark.broker
 
 
-def draft(n: int, camera: str = "top") -> Draft:
-    def render(numbers: Numbers) -> bytes:
-        return json.dumps(
-            {
-                "schema": "dkm.result/1",
-                "result_id": f"{camera}-{n}",
-                "epoch": numbers.epoch,
-                "seq": numbers.seq,
-                "cseq": numbers.cseq,
-                "ts": "t",
-            }
-        ).encode()
-
-    return Draft(camera, f"dkm/v1/st1/{camera}/result", f"{camera}-{n}", render)
-
-
-class Station:
-    """An outbox and a publisher, as a line has them."""
-
-    def __init__(self, settings: LineSettings, path: Path) -> None:
-        self.outbox = Outbox(path, "st1", lambda camera: f"dkm/v1/st1/{camera}/result")
-        self.publisher = Publisher(settings, self.outbox, "test")
-        self.publisher.start()
-
-    def commit(self, first: int, count: int, camera: str = "top") -> None:
-        for n in range(first, first + count):
-            self.outbox.commit([draft(n, camera)])
-
-    def close(self) -> None:
-        self.publisher.stop()
-        self.publisher.join(20)
-        assert not self.publisher.is_alive()
-        self.outbox.close()
-
-
-@pytest.fixture
-def start(
-    make_line: Callable[..., LineSettings], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> Iterator[Callable[..., Station]]:
-    """Starts a station; closed at the end."""
-    monkeypatch.setattr(publisher_module, "BACKOFF_MAX_S", 0.3)
-    monkeypatch.setattr(publisher_module, "HOLD_S", 0.2)
-    stations: list[Station] = []
-
-    def make(port: int, **sections: str) -> Station:
-        stations.append(Station(make_line(port, **sections), tmp_path / f"outbox-{len(stations)}.db"))
-        return stations[-1]
-
-    yield make
-    for station in stations:
-        if station.publisher.is_alive():
-            station.close()
-
-
 def test_results_arrive_once_in_order_and_are_marked_sent(
-    mosquitto: Mosquitto, subscribe: Callable[..., Subscriber], start: Callable[..., Station]
+    mosquitto: Mosquitto, subscribe: Callable[..., Subscriber], start_station: Callable[..., Station]
 ) -> None:
     subscriber = subscribe(mosquitto.port)
-    station = start(mosquitto.port)
+    station = start_station(mosquitto.port)
     station.commit(1, 100)
     assert station.publisher.wait_drained(20)
     wait_until(lambda: len(subscriber.of("dkm.result/1")) == 100)
     assert [m["cseq"] for m in subscriber.of("dkm.result/1")] == list(range(1, 101))
-    assert station.outbox.status().sent_rows == 100 and station.publisher.status().problem is None
+    assert station.outbox.status().sent_rows == 100 and station.problem == ""
 
 
 def test_a_commit_is_published_without_polling(
     mosquitto: Mosquitto,
     subscribe: Callable[..., Subscriber],
-    start: Callable[..., Station],
+    start_station: Callable[..., Station],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(
-        publisher_module, "IDLE_S", 60.0
+        delivery_module, "IDLE_S", 60.0
     )  # a publisher that only looked now and then would take a minute
     subscriber = subscribe(mosquitto.port)
-    station = start(mosquitto.port)
+    station = start_station(mosquitto.port)
     wait_until(lambda: station.publisher.status().connected)
     time.sleep(0.3)  # it now waits in select
     station.commit(1, 1)
@@ -103,15 +47,15 @@ def test_a_commit_is_published_without_polling(
 
 
 def test_results_wait_while_the_broker_is_away_and_keep_their_order(
-    mosquitto: Mosquitto, subscribe: Callable[..., Subscriber], start: Callable[..., Station]
+    mosquitto: Mosquitto, subscribe: Callable[..., Subscriber], start_station: Callable[..., Station]
 ) -> None:
     subscriber = subscribe(mosquitto.port)
-    station = start(mosquitto.port)
+    station = start_station(mosquitto.port)
     station.commit(1, 20)
     assert station.publisher.wait_drained(20)
     mosquitto.kill()
     station.commit(21, 30)
-    wait_until(lambda: station.publisher.status().problem is not None)
+    wait_until(lambda: station.problem != "")
     assert station.outbox.status().rows == 30
     subscriber.close()
     mosquitto.start()
@@ -123,9 +67,9 @@ def test_results_wait_while_the_broker_is_away_and_keep_their_order(
 
 
 def test_first_copies_stay_in_order_when_the_broker_dies_again_and_again(
-    mosquitto: Mosquitto, subscribe: Callable[..., Subscriber], start: Callable[..., Station]
+    mosquitto: Mosquitto, subscribe: Callable[..., Subscriber], start_station: Callable[..., Station]
 ) -> None:
-    station = start(mosquitto.port)
+    station = start_station(mosquitto.port)
     received: list[int] = []
     for round_ in range(4):
         subscriber = subscribe(mosquitto.port)
@@ -147,35 +91,35 @@ def test_first_copies_stay_in_order_when_the_broker_dies_again_and_again(
 
 
 def test_nobody_listening_is_not_delivery(
-    mosquitto: Mosquitto, subscribe: Callable[..., Subscriber], start: Callable[..., Station]
+    mosquitto: Mosquitto, subscribe: Callable[..., Subscriber], start_station: Callable[..., Station]
 ) -> None:
-    station = start(mosquitto.port)
+    station = start_station(mosquitto.port)
     station.commit(1, 5)
-    wait_until(lambda: "nobody subscribes" in (station.publisher.status().problem or ""))
+    wait_until(lambda: "nobody subscribes" in station.problem)
     assert station.outbox.status().rows == 5 and not station.publisher.wait_drained(0.5)
     subscriber = subscribe(mosquitto.port)
     wait_until(lambda: station.outbox.status().rows == 0)
     wait_until(lambda: len(subscriber.results()) == 5)
     assert [m["cseq"] for m in subscriber.results()] == [1, 2, 3, 4, 5]
-    wait_until(lambda: station.publisher.status().problem is None)
+    wait_until(lambda: station.problem == "")
 
 
 def test_a_broker_that_denies_the_topic_keeps_the_rows_and_is_reported(
-    tmp_path: Path, start_broker: Callable[..., Mosquitto], start: Callable[..., Station]
+    tmp_path: Path, start_broker: Callable[..., Mosquitto], start_station: Callable[..., Station]
 ) -> None:
     (tmp_path / "acl").write_text("topic read #\ntopic write dkm/v1/st1/status\n")
     broker = start_broker(f"allow_anonymous true\nacl_file {tmp_path / 'acl'}\n")
-    station = start(broker.port)
+    station = start_station(broker.port)
     station.commit(1, 3)
-    wait_until(lambda: "not authorized" in (station.publisher.status().problem or ""))
+    wait_until(lambda: "not authorized" in station.problem)
     assert station.outbox.status().rows == 3
 
 
 def test_status_is_online_then_stopped_and_retained(
-    mosquitto: Mosquitto, subscribe: Callable[..., Subscriber], start: Callable[..., Station]
+    mosquitto: Mosquitto, subscribe: Callable[..., Subscriber], start_station: Callable[..., Station]
 ) -> None:
     subscriber = subscribe(mosquitto.port)
-    station = start(mosquitto.port)
+    station = start_station(mosquitto.port)
     wait_until(lambda: len(subscriber.of("dkm.status/1")) == 1)
     station.close()
     wait_until(lambda: len(subscriber.of("dkm.status/1")) == 2)
@@ -200,7 +144,7 @@ from pathlib import Path
 from configs import load_text
 from edge_dkm.settings import LineSettings
 from edge_dkm.outbox import Outbox
-from edge_dkm.publisher import Publisher
+from edge_dkm.mqtt.publisher import Publisher
 settings = load_text(LineSettings, sys.argv[1], "line.yaml")
 Publisher(settings, Outbox(Path(sys.argv[2]), "st1", str), "test").start()
 print("started", flush=True)
@@ -220,9 +164,9 @@ time.sleep(60)
 
 
 def test_retained_announcements_are_said_again_after_a_reconnect(
-    mosquitto: Mosquitto, subscribe: Callable[..., Subscriber], start: Callable[..., Station]
+    mosquitto: Mosquitto, subscribe: Callable[..., Subscriber], start_station: Callable[..., Station]
 ) -> None:
-    station = start(mosquitto.port)
+    station = start_station(mosquitto.port)
     station.publisher.announce(
         "dkm/v1/st1/state", lambda session: State(ts="t", station="st1", session=session, state="running", since="t")
     )
@@ -235,16 +179,16 @@ def test_retained_announcements_are_said_again_after_a_reconnect(
 
 
 def test_results_carry_the_attributes_of_a_cloud_event(
-    mosquitto: Mosquitto, subscribe: Callable[..., Subscriber], start: Callable[..., Station]
+    mosquitto: Mosquitto, subscribe: Callable[..., Subscriber], start_station: Callable[..., Station]
 ) -> None:
-    from edge_dkm.mqtt import await_connack, open_link, pump
+    from edge_dkm.mqtt.link import await_connack, open_link, pump
     from edge_dkm.settings import MqttSettings
 
     settings = MqttSettings(host="127.0.0.1", port=mosquitto.port)
     link = open_link(settings, "reader", clean=True)
     await_connack(link, settings)
     link.client.subscribe("dkm/v1/st1/top/result", qos=1)
-    station = start(mosquitto.port)
+    station = start_station(mosquitto.port)
     station.commit(7, 1)
     wait_until(lambda: pump(link, 0.05) or bool(link.messages))
     properties = link.messages[0].properties
@@ -261,32 +205,32 @@ def test_results_carry_the_attributes_of_a_cloud_event(
     link.client.disconnect()
 
 
-def test_stopping_is_quick_where_there_is_no_broker(start: Callable[..., Station]) -> None:
-    station = start(free_port())
+def test_stopping_is_quick_where_there_is_no_broker(start_station: Callable[..., Station]) -> None:
+    station = start_station(free_port())
     station.commit(1, 2)
-    wait_until(lambda: "cannot be reached" in (station.publisher.status().problem or ""))
+    wait_until(lambda: "cannot be reached" in station.problem)
     started = time.monotonic()
     station.close()
     assert time.monotonic() - started < 10
 
 
-def test_something_that_is_no_broker_is_reported(start: Callable[..., Station]) -> None:
+def test_something_that_is_no_broker_is_reported(start_station: Callable[..., Station]) -> None:
     import http.server
     import threading
 
     server = http.server.HTTPServer(("127.0.0.1", 0), http.server.BaseHTTPRequestHandler)
     threading.Thread(target=server.serve_forever, daemon=True).start()
-    station = start(server.server_port)
-    wait_until(lambda: station.publisher.status().problem is not None)
+    station = start_station(server.server_port)
+    wait_until(lambda: station.problem != "")
     assert not station.publisher.status().connected
     server.shutdown()
     server.server_close()
 
 
 def test_a_broker_that_wants_a_password_says_so(
-    start_broker: Callable[..., Mosquitto], start: Callable[..., Station]
+    start_broker: Callable[..., Mosquitto], start_station: Callable[..., Station]
 ) -> None:
     broker = start_broker("allow_anonymous false\n")
-    station = start(broker.port)
-    wait_until(lambda: "refuses the connection: not authorized" in (station.publisher.status().problem or ""))
+    station = start_station(broker.port)
+    wait_until(lambda: "refuses the connection: not authorized" in station.problem)
     assert not station.publisher.status().connected

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Literal
 
 from edge_dkm.errors import BrokerError
+from edge_dkm.set_aside import set_aside
 from edge_dkm.settings import EMBEDDED, LineSettings
 
 START_S = 10.0
@@ -38,6 +39,8 @@ class EmbeddedBroker:
             raise BrokerError(
                 f"port {port} for the embedded broker is taken; set mqtt.port to a free one, or mqtt.host to the broker that runs there"
             )
+        if folder.exists() and not folder.is_dir():
+            log.warning("S-CORRUPT %s is no folder, moved to %s", folder, set_aside(folder))
         folder.mkdir(parents=True, exist_ok=True)
         command = _mosquitto(port, folder) if kind == "mosquitto" else _amqtt(port, folder)
         self._log = (folder / "broker.log").open("wb")
