@@ -7,12 +7,12 @@ from typing import TYPE_CHECKING
 __all__ = ["ConfigError", "Settings", "Sources", "find", "load_settings", "load_text", "shipped_names"]
 
 if TYPE_CHECKING:
-    from configs.document import ConfigError
+    from configs.errors import ConfigError
     from configs.loader import Settings, Sources, load_settings, load_text
     from configs.shipped import find, shipped_names
 
 _HOMES = {
-    "ConfigError": "document",
+    "ConfigError": "errors",
     "Settings": "loader",
     "Sources": "loader",
     "load_settings": "loader",

@@ -1,8 +1,10 @@
-"""Turns pydantic's validation errors into lines that name the place, the key, the value and what was expected."""
+"""Turns pydantic's validation errors into lines that name code, place, key, value and what was expected."""
 
 from __future__ import annotations
 
 import difflib
+import math
+import re
 import typing
 from collections.abc import Iterable, Sequence
 
@@ -17,8 +19,23 @@ Loc = Sequence[int | str]
 
 def explain(model: type[BaseModel], root: Node, error: ValidationError) -> list[str]:
     """One line per problem, in the order of the file."""
-    lines = [_line(model, root, problem) for problem in error.errors(include_url=False)]
+    problems = error.errors(include_url=False)
+    lines = [f"{_code(root, problem)} {_line(model, root, problem)}" for problem in problems]
     return list(dict.fromkeys(lines))
+
+
+_NO_TYPE = {"extra_forbidden": "CFG-KEY", "missing": "CFG-MISSING", "union_tag_invalid": "CFG-VALUE"}
+
+
+def _code(root: Node, problem: ErrorDetails) -> str:
+    kind = problem["type"]
+    if kind in _NO_TYPE:
+        return _NO_TYPE[kind]
+    if not kind.endswith(("_type", "_parsing", "int_from_float", "tag_not_found")):
+        return "CFG-VALUE"
+    node = node_at(root, problem["loc"])
+    is_endless = node is not None and isinstance(node.value, float) and not math.isfinite(node.value)
+    return "CFG-VALUE" if is_endless else "CFG-TYPE"
 
 
 def node_at(root: Node, loc: Loc) -> Node | None:
@@ -63,7 +80,9 @@ def _line(model: type[BaseModel], root: Node, problem: ErrorDetails) -> str:
         key = f"{dotted}.{loc[-1]}" if dotted else str(loc[-1])
         return f"{node.place} {key} is missing, expected {_field_words(model, root, loc)}"
     if loc and loc[-1] == "[key]":
-        return f"{node.key_places.get(str(loc[-2]), node.place)} {dotted} is not a usable name, expected {_expected(problem)}"
+        parent = _walk(root, loc[:-2])[-1][1]
+        at = parent.key_places.get(str(loc[-2]), node.place)
+        return f"{at} {dotted} is not a usable name, expected {_expected(problem)}"
     if kind in {"value_error", "assertion_error"}:
         shown = node.shown()
         # A section too long to show: what is wrong lies between its keys, and the message names them.
@@ -79,7 +98,15 @@ def _line(model: type[BaseModel], root: Node, problem: ErrorDetails) -> str:
         tags = context["expected_tags"].replace("'", "").split(", ")
         what = f"{dotted} has {context['discriminator'].strip(chr(39))} {context['tag']}"
         return f"{node.place} {what}, expected one of {', '.join(tags)}{_did_you_mean(context['tag'], tags)}"
-    return f"{node.place} {dotted} is {node.shown()}, expected {_expected(problem)}"
+    return f"{node.place} {dotted} is {node.shown()}, expected {_expected(problem)}{_about_unit(node, kind)}"
+
+
+def _about_unit(node: Node, kind: str) -> str:
+    """`10 s` and `512MB` where a number is expected."""
+    number = (
+        re.match(r"'?([-+]?[0-9][0-9.]*)\s?[A-Za-z%]{1,7}'?$", node.raw) if kind in {"int_type", "float_type"} else None
+    )
+    return f", write {number[1]} alone: the unit is in the name of the setting" if number else ""
 
 
 def _unknown_key(model: type[BaseModel], root: Node, loc: Loc) -> str:
@@ -95,7 +122,8 @@ def _unknown_key(model: type[BaseModel], root: Node, loc: Loc) -> str:
 
 def _expected(problem: ErrorDetails) -> str:
     """Pydantic's own words, without their beginning, and the nearest of the allowed words."""
-    words = problem["msg"].removeprefix("Input should be ").replace("String should", "text that should")
+    words = problem["msg"].removeprefix("Value error, ").removeprefix("expected ").removeprefix("Input should be ")
+    words = words.replace("String should", "text that should")
     if problem["type"] == "union_tag_not_found":
         return f"a mapping with the key {problem['ctx']['discriminator'].strip(chr(39))}"
     if problem["type"] == "literal_error":

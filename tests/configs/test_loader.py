@@ -53,36 +53,41 @@ def test_defaults_fill_what_the_file_leaves_out() -> None:
     [
         (
             "method:\n  name: dec\n  n_clusters: 1",
-            ["line.yaml:3 method.n_clusters is 1, expected greater than or equal to 2"],
+            ["CFG-VALUE line.yaml:3 method.n_clusters is 1, expected greater than or equal to 2"],
         ),
         (
             "method: {name: dec, n_cluster: 3}",
-            ["line.yaml:1 method.n_cluster is not a known setting, did you mean 'n_clusters'?"],
+            ["CFG-KEY line.yaml:1 method.n_cluster is not a known setting, did you mean 'n_clusters'?"],
         ),
-        ("\nprot: 5", ["line.yaml:2 prot is not a known setting, did you mean 'port'?"]),
-        ("port: '12'", ["line.yaml:1 port is '12', expected a valid integer"]),
-        ("port: yes", ["line.yaml:1 port is yes, expected a valid integer"]),
-        ("port: .inf", ["line.yaml:1 port is .inf, expected a valid integer"]),
+        ("\nprot: 5", ["CFG-KEY line.yaml:2 prot is not a known setting, did you mean 'port'?"]),
+        ("port: '12'", ["CFG-TYPE line.yaml:1 port is '12', expected a valid integer"]),
+        ("port: yes", ["CFG-TYPE line.yaml:1 port is yes, expected a valid integer"]),
+        ("port: .inf", ["CFG-VALUE line.yaml:1 port is .inf, expected a valid integer"]),
         (
             "method: {name: deck}",
-            ["line.yaml:1 method has name deck, expected one of dec, ae_kmeans, did you mean 'dec'?"],
+            ["CFG-VALUE line.yaml:1 method has name deck, expected one of dec, ae_kmeans, did you mean 'dec'?"],
         ),
-        ("cameras: {top: {roi: [1, 2, 3, 4]}}", ["line.yaml:1 cameras.top.source is missing, expected a value"]),
+        (
+            "cameras: {top: {roi: [1, 2, 3, 4]}}",
+            ["CFG-MISSING line.yaml:1 cameras.top.source is missing, expected a value"],
+        ),
         (
             "cameras:\n  top: {source: x, policy: lates}",
-            ["line.yaml:2 cameras.top.policy is lates, expected 'latest' or 'every', did you mean 'latest'?"],
+            ["CFG-VALUE line.yaml:2 cameras.top.policy is lates, expected 'latest' or 'every', did you mean 'latest'?"],
         ),
         (
             "cameras:\n  T1: {source: x}",
-            ["line.yaml:2 cameras.T1 is not a usable name, expected text that should match pattern '^[a-z]+$'"],
+            [
+                "CFG-VALUE line.yaml:2 cameras.T1 is not a usable name, expected text that should match pattern '^[a-z]+$'"
+            ],
         ),
-        ("port: 1\nport: 2", ["line.yaml:2 port is given twice (first at line.yaml:1); keep one"]),
-        ("- 1", ["line.yaml:1 is [1], expected settings as `key: value` lines"]),
-        ("", ["line.yaml is empty, expected settings as `key: value` lines"]),
-        ("a: &x 1\nb: *x", ["line.yaml:1 uses an anchor or alias; write the value out"]),
+        ("port: 1\nport: 2", ["CFG-DUPLICATE line.yaml:2 port is given twice (first at line.yaml:1); keep one"]),
+        ("- 1", ["CFG-TYPE line.yaml:1 is [1], expected settings as `key: value` lines"]),
+        ("", ["CFG-FILE line.yaml is empty, expected settings as `key: value` lines"]),
+        ("a: &x 1\nb: *x", ["CFG-SYNTAX line.yaml:1 uses an anchor or alias; write the value out"]),
         (
             "port: !!python/object:os.system x",
-            ["line.yaml:1 has the tag tag:yaml.org,2002:python/object:os.system, expected a plain value"],
+            ["CFG-SYNTAX line.yaml:1 has the tag tag:yaml.org,2002:python/object:os.system, expected a plain value"],
         ),
     ],
 )
@@ -124,12 +129,14 @@ def test_an_override_reaches_into_sections_and_lists() -> None:
 
 
 def test_a_wrong_override_names_the_option_or_the_variable() -> None:
-    assert problems("port: 1", "passwrd=1") == ["--set passwrd is not a known setting, did you mean 'password'?"]
-    assert problems("port: 1", EDGE__PRT="1") == [
-        "environment EDGE__PRT prt is not a known setting, did you mean 'port'?"
+    assert problems("port: 1", "passwrd=1") == [
+        "CFG-KEY --set passwrd is not a known setting, did you mean 'password'?"
     ]
-    assert problems("port: 1", "sectn.key=1")[0].startswith("--set sectn is not a known setting")
-    assert problems("port: 1", "port") == ["--set port: expected key.subkey=value"]
+    assert problems("port: 1", EDGE__PRT="1") == [
+        "CFG-KEY environment EDGE__PRT prt is not a known setting, did you mean 'port'?"
+    ]
+    assert problems("port: 1", "sectn.key=1")[0].startswith("CFG-KEY --set sectn is not a known setting")
+    assert problems("port: 1", "port") == ["CFG-SYNTAX --set port: expected key.subkey=value"]
 
 
 def test_a_number_given_as_override_may_serve_as_text() -> None:
@@ -143,12 +150,12 @@ def test_environment_variables_are_substituted_and_read_as_the_field_needs_them(
 
 def test_a_secret_is_never_shown_in_a_message() -> None:
     lines = problems("port: ${SECRET}", SECRET="hunter2")
-    assert lines == ["line.yaml:1 port is ${SECRET}, expected a valid integer"]
+    assert lines == ["CFG-TYPE line.yaml:1 port is ${SECRET}, expected a valid integer"]
 
 
 def test_a_missing_variable_is_named() -> None:
     assert problems("password: ${NOT_THERE}") == [
-        "line.yaml:1 needs the environment variable NOT_THERE, which is not set"
+        "CFG-ENV line.yaml:1 needs the environment variable NOT_THERE, which is not set"
     ]
 
 
