@@ -3,7 +3,7 @@ VENV   := .venv
 PYTHON := $(VENV)/bin/python
 READY  := $(VENV)/.ready
 
-.PHONY: test demo check slow gate gpu setup clean
+.PHONY: test demo check slow gate gpu chaos setup clean
 
 setup: $(READY)
 
@@ -13,10 +13,19 @@ $(READY): pyproject.toml constraints.txt scripts/setup
 
 # One thread: tiny tensors gain nothing from more, and on a busy machine threads that spin wait for each other (measured 11 min against 7).
 test: $(READY)          ## default tests: under five minutes on two cores, no GPU, no network
-	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(PYTHON) -m pytest
+	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(PYTHON) -m pytest -n 2 --dist worksteal
 
 slow: $(READY)          ## tests on the real image sets of ../shared/data, where they are there
 	$(PYTHON) -m pytest -m slow --timeout 3600
+
+chaos: $(READY)         ## the long forms of the promises: kills, power cuts, full disks, stalls, camera faults, soak; an hour and a half
+	$(PYTHON) -m benchmarks.line.chaos --mode e2e
+	$(PYTHON) -m benchmarks.line.chaos --mode journal
+	$(PYTHON) -m benchmarks.line.power_cuts
+	$(PYTHON) -m benchmarks.line.outage
+	$(PYTHON) -m benchmarks.line.stalls
+	$(PYTHON) -m benchmarks.line.camera_faults
+	$(PYTHON) -m benchmarks.line.soak
 
 gate: $(READY)          ## regression gate on all of MNIST, three seeds: hours without a GPU
 	$(PYTHON) -m pytest -m gate --timeout 86400

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import platform
-import time
-from typing import TYPE_CHECKING, Any, Literal
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 import onnxruntime as ort
 
@@ -12,14 +13,17 @@ from devices.capture import CameraStatus
 from devices.sources import source_kind
 from edge_dkm import __version__
 from edge_dkm.clock import is_synced, rfc3339, utc_now
-from edge_dkm.health import STUCK_S, Stage, rss_mb
-from edge_dkm.message import MESSAGES, CameraHealth, Health, Info, StageHealth, State
+from edge_dkm.health import rss_mb
+from edge_dkm.message import MESSAGES, CameraHealth, Health, Info, State
 from edge_dkm.results import model_info
+from edge_dkm.service.state_log import log_change
+from edge_dkm.service.watchdog import StuckError
 
 if TYPE_CHECKING:
-    from edge_dkm.supervisor import Line
+    from edge_dkm.conditions import Condition
+    from edge_dkm.line import Line
 
-MIN_FREE_MB = 50
+log = logging.getLogger(__name__)
 
 
 class Announcer:
@@ -29,10 +33,8 @@ class Announcer:
         self._line = line
         self._base = line.settings.base_topic
         self._station = line.settings.station
-        self._started_s = time.monotonic()
         self._state: tuple[str, str | None] = ("", None)
-        self._mqtt = Stage(lambda: line.outbox.status().rows > 0, lambda: line.publisher.status().problem)
-        self._acknowledged = 0
+        self._words: dict[str, str | None] = {"state": "warming_up", "code": None, "detail": None}
 
     def everything(self) -> None:
         """Info and the state of every camera."""
@@ -40,36 +42,42 @@ class Announcer:
         for name in self._line.captures:
             self.camera(name)
 
-    def state_now(self) -> None:
-        """The state as the cameras and the delivery make it."""
+    def state_now(self, conditions: Sequence[Condition]) -> None:
+        """The state as cameras, delivery and disk make it; the gravest condition is its reason."""
         line = self._line
-        offline = [
-            status
-            for capture in line.captures.values()
-            if not capture.ended.is_set() and (status := capture.status()).state != "online"
-        ]
-        failed = next((status for status in offline if status.code), None)
-        problem = line.publisher.status().problem
-        free_mb = line.folder.free_mb()
-        if free_mb < MIN_FREE_MB:
-            self._announce_state("degraded", "S-FULL", f"{free_mb} MB free in {line.folder.path}")
-        elif problem is not None:
-            self._announce_state("degraded", "M-DELIVERY", problem)
-        elif failed is not None:
-            self._announce_state("degraded", failed.code, failed.detail)
-        elif offline:
-            self._announce_state("ready")
+        grave = next((condition for condition in conditions if condition.degrades), None)
+        waiting = any(
+            not capture.ended.is_set() and capture.status().state == "offline" for capture in line.captures.values()
+        )
+        if line.pipeline.is_paused:
+            reason = line.live.current.pause_reason
+            self._announce_state("halted", "PAUSED", reason or "paused by a command")
+        elif grave is not None:
+            self._announce_state("degraded", grave.code, grave.detail)
         else:
-            self._announce_state("running")
+            self._announce_state("ready" if waiting else "running")
+
+    def state_words(self) -> dict[str, str | None]:
+        """State, code and detail as announced last."""
+        return self._words
+
+    def state_line(self) -> str:
+        """The same in one line, with the counts."""
+        committed, rows = self._line.pipeline.committed, self._line.vitals.outbox.rows
+        reason = f" ({self._words['code']})" if self._words["code"] else ""
+        return f"{self._words['state']}{reason}, {committed} results since the start, {rows} wait for delivery"
 
     def state(self, state: str, error: BaseException | None = None) -> None:
         """A state that the supervisor decides: warming_up, halted, error."""
-        self._announce_state(state, "E-STOPPED" if error else None, str(error) if error else None)
+        code = None if error is None else "W-STUCK" if isinstance(error, StuckError) else "E-STOPPED"
+        self._announce_state(state, code, str(error) if error else None)
 
     def _announce_state(self, state: str, code: str | None = None, detail: str | None = None) -> None:
         if (state, code) == self._state:
             return
         self._state = (state, code)
+        self._words = {"state": state, "code": code, "detail": detail}
+        log_change(log, code or "STATE", level=logging.WARNING if code else logging.INFO, state=state, detail=detail)
         since = rfc3339(utc_now())
         reason = {"code": code, "detail": detail or ""} if code else None
         self._line.publisher.announce(
@@ -84,7 +92,7 @@ class Announcer:
         line = self._line
         inspector = next(iter(line.inspectors.values()))
         model = model_info(inspector)
-        clusters = [{"id": c.id, "name": c.name, "verdict": c.verdict, "n": c.n} for c in inspector.metadata.clusters]
+        clusters = [{"id": c.id, "name": c.name, "verdict": c.verdict, "n": c.n} for c in inspector.clusters]
         cameras: dict[str, Any] = {}
         for name, capture in line.captures.items():
             width, height = capture.frame_size or (None, None)
@@ -126,22 +134,17 @@ class Announcer:
 
     def health(self) -> None:
         """Stages, counters, outbox, disk, memory, clock."""
-        line = self._line
-        acknowledged = line.publisher.status().acknowledged
-        if acknowledged > self._acknowledged:
-            self._mqtt.progress(acknowledged - self._acknowledged)
-            self._acknowledged = acknowledged
-        stages = {f"cam:{name}": _camera_stage(capture.status()) for name, capture in line.captures.items()}
-        stages |= {name: stage.health() for name, stage in line.pipeline.stages.items()} | {"mqtt": self._mqtt.health()}
-        outbox = line.outbox.status()
+        line, vitals = self._line, self._line.vitals
         fields = {
-            "uptime_s": round(time.monotonic() - self._started_s, 1),
+            "uptime_s": round(vitals.uptime_s, 1),
             "epoch": line.outbox.epoch,
             "last": line.outbox.last_cseq(),
-            "stages": stages,
+            "stages": vitals.stages,
             "counters": {name: tally.counters() for name, tally in line.pipeline.tallies.items()},
-            "outbox": {"rows": outbox.rows, "bytes": outbox.bytes, "oldest_s": round(outbox.oldest_s, 1)},
-            "disk_free_mb": line.folder.free_mb(),
+            "outbox": vitals.outbox,
+            "restarts": vitals.restarts(),
+            "alarms": vitals.alarm_codes(),
+            "disk_free_mb": vitals.free_mb,
             "rss_mb": rss_mb(),
             "clock_synced": is_synced(),
         }
@@ -151,14 +154,6 @@ class Announcer:
 
     def _common(self, session: int) -> dict[str, Any]:
         return {"ts": rfc3339(utc_now()), "station": self._station, "session": session}
-
-
-def _camera_stage(status: CameraStatus) -> StageHealth:
-    age_s = (status.frame_age_ms or 0) / 1000
-    state: Literal["ok", "degraded", "stuck"] = (
-        "degraded" if status.state != "online" else "stuck" if age_s > STUCK_S else "ok"
-    )
-    return StageHealth(state=state, count=status.frames, age_s=age_s)
 
 
 def _camera_fields(status: CameraStatus) -> dict[str, Any]:

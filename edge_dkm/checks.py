@@ -14,12 +14,12 @@ from devices.errors import CameraError, DeviceError
 from devices.providers import available_providers, installed_builds
 from devices.settings import CameraSettings
 from devices.sources import mask, open_source
-from edge_dkm.embedded_broker import embedded_kind, find_mosquitto
 from edge_dkm.errors import EdgeError, UsageError
 from edge_dkm.framing import frame_problem
 from edge_dkm.inspector import Inspector
 from edge_dkm.models import load_models
-from edge_dkm.mqtt import await_connack, check_files, open_link
+from edge_dkm.mqtt.broker_probe import probe
+from edge_dkm.mqtt.embedded_broker import embedded_kind, find_mosquitto
 from edge_dkm.settings import EMBEDDED, LineSettings
 
 OPENCV_BUILDS = ("opencv-python", "opencv-python-headless", "opencv-contrib-python", "opencv-contrib-python-headless")
@@ -37,7 +37,7 @@ class Finding:
 
     def text(self) -> str:
         """For people."""
-        return f"{'ok  ' if self.exit_code == 0 else 'FAIL'} {self.what:<12}{self.detail}"
+        return f"{'ok  ' if self.exit_code == 0 else 'FAIL'} {self.what:<14}{self.detail}"
 
 
 def check_line(settings: LineSettings) -> Iterator[Finding]:
@@ -55,7 +55,7 @@ def check_line(settings: LineSettings) -> Iterator[Finding]:
         yield _failed("model", error)
     for name, camera in settings.cameras.items():
         yield _camera(name, camera, inspectors.get(name))
-    yield _broker(settings)
+    yield from _broker(settings)
 
 
 def _camera(name: str, camera: CameraSettings, inspector: Inspector | None) -> Finding:
@@ -85,24 +85,15 @@ def _camera(name: str, camera: CameraSettings, inspector: Inspector | None) -> F
     return Finding(what, f"{mask(camera.source)}, frames of {width}x{height}")
 
 
-def _broker(settings: LineSettings) -> Finding:
+def _broker(settings: LineSettings) -> Iterator[Finding]:
     mqtt = settings.mqtt
-    if mqtt.host == EMBEDDED:
-        try:
-            kind = embedded_kind()
-        except EdgeError as error:
-            return _failed("broker", error)
-        return Finding("broker", f"embedded on port {mqtt.effective_port}: {kind}")
     try:
-        check_files(mqtt)
-        link = open_link(mqtt, f"edge-dkm-check-{settings.station}", clean=True)
-        try:
-            await_connack(link, mqtt)
-        finally:
-            link.client.disconnect()
+        if mqtt.host == EMBEDDED:
+            yield Finding("broker", f"embedded on port {mqtt.effective_port}: {embedded_kind()}")
+        else:
+            yield from (Finding(*one) for one in probe(settings))
     except EdgeError as error:
-        return _failed("broker", error)
-    return Finding("broker", f"{mqtt.host}:{mqtt.effective_port} accepts us, MQTT {mqtt.version}, window {link.window}")
+        yield _failed("broker", error)
 
 
 def _failed(what: str, error: Exception) -> Finding:

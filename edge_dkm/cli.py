@@ -9,15 +9,16 @@ import re
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from configs.command import Parser, add_command, add_overrides, guarded, show
+from edge_dkm.cli_station import add_station_commands
 
 if TYPE_CHECKING:
     from edge_dkm.checks import Finding
 
-PLANNED = ("init", "outbox", "model", "recentre", "service")
-SCHEMAS = ("config", "result", "gap", "status", "info", "state", "health", "camera")
+PLANNED = ("init", "model", "recentre")
+SCHEMAS = ("config", "result", "gap", "status", "info", "state", "health", "camera", "alarm", "cmd", "reply", "ack")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -33,6 +34,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     run = add_command(commands, "run", _run, "run a line: cameras -> model -> MQTT, until stopped")
     _add_line(run)
     run.add_argument("--max-parts", type=_positive, metavar="N", help="stop after N results")
+    run.add_argument("--log", choices=("text", "json"), default="text", help="style of the log on stderr")
 
     record = add_command(commands, "record", _record, "record training frames by a line's camera, ROI and trigger")
     _add_line(record)
@@ -46,6 +48,28 @@ def main(argv: Sequence[str] | None = None) -> int:
         help="one frame per part, or every frame with a part in the region",
     )
 
+    _add_model_commands(commands)
+    check = add_command(commands, "check", _check, "settings, model, cameras and broker of a line, one line each")
+    _add_line(check)
+
+    watch = add_command(commands, "watch", _watch, "show what a station publishes")
+    _add_line(watch)
+    watch.add_argument("--count", type=_positive, metavar="N", help="stop after N messages")
+    watch.add_argument(
+        "--wait", type=float, default=10.0, metavar="SECONDS", help="how long to wait for the broker (default: 10)"
+    )
+
+    add_station_commands(commands)
+    add_command(commands, "cameras", _cameras, "list the video devices of this machine")
+    add_command(commands, "doctor", _doctor, "look over this machine")
+
+    schema = add_command(commands, "schema", _schema, "JSON Schema of the line settings or of a message")
+    schema.add_argument("name", choices=SCHEMAS)
+    return guarded(parser, argv)
+
+
+def _add_model_commands(commands: Any) -> None:
+    """Commands that need a model and no line."""
     score = add_command(commands, "score", _score, "one JSON line per image")
     score.add_argument("model")
     score.add_argument("images", nargs="+", type=Path, metavar="IMAGE")
@@ -54,9 +78,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     verify = add_command(commands, "verify", _verify, "prove a model by its golden images on this device")
     verify.add_argument("model")
     verify.add_argument("--device", default="cpu", metavar="PROFILE")
-
-    check = add_command(commands, "check", _check, "settings, model, cameras and broker of a line, one line each")
-    _add_line(check)
 
     bench = add_command(commands, "bench", _bench, "how fast this device runs a model")
     bench.add_argument("model")
@@ -68,20 +89,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         help="frame size (default: the training's, or 224x224 where that had several)",
     )
     bench.add_argument("--frames", type=_positive, default=200, metavar="N")
-
-    watch = add_command(commands, "watch", _watch, "show what a station publishes")
-    _add_line(watch)
-    watch.add_argument("--count", type=_positive, metavar="N", help="stop after N messages")
-    watch.add_argument(
-        "--wait", type=float, default=10.0, metavar="SECONDS", help="how long to wait for the broker (default: 10)"
-    )
-
-    add_command(commands, "cameras", _cameras, "list the video devices of this machine")
-    add_command(commands, "doctor", _doctor, "look over this machine")
-
-    schema = add_command(commands, "schema", _schema, "JSON Schema of the line settings or of a message")
-    schema.add_argument("name", choices=SCHEMAS)
-    return guarded(parser, argv)
 
 
 def _add_line(parser: argparse.ArgumentParser) -> None:
@@ -117,11 +124,12 @@ def _log_to_stderr() -> None:
 def _run(arguments: argparse.Namespace) -> int:
     from dataclasses import asdict
 
+    from edge_dkm.service.state_log import set_up
     from edge_dkm.settings import load_line
     from edge_dkm.supervisor import run_line
 
-    _log_to_stderr()
-    report = run_line(load_line(arguments.line, arguments.overrides), arguments.max_parts)
+    set_up(arguments.log)
+    report = run_line(load_line(arguments.line, arguments.overrides), arguments.max_parts, own_process=True)
     show(arguments.json, asdict(report), report.text())
     return 0
 

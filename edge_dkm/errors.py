@@ -56,9 +56,13 @@ class FrameError(InspectionError):
 
 
 class BrokerError(EdgeError):
-    """The MQTT broker cannot be reached or refuses us."""
+    """The MQTT broker cannot be reached or refuses us; `code` (M-...) is that of the alarm."""
 
     exit_code = 5
+
+    def __init__(self, message: str, code: str = "M-OFFLINE") -> None:
+        super().__init__(message)
+        self.code = code
 
 
 class LockedError(EdgeError):

@@ -11,16 +11,20 @@ from typing import Literal
 
 from edge_dkm.message import StageHealth
 
-STUCK_S = 10.0
+STUCK_S = 8.0  # so that the supervisor's next look is still within ten seconds
 
 StageState = Literal["ok", "idle", "degraded", "stuck"]
 
 
 class Stage:
-    """One stage. `waiting` tells whether work lies before it; `excuse` names an outside cause (broker down, camera offline) or None."""
+    """One stage. `waiting` tells whether work lies before it; `excuse` names an outside cause (broker down, camera offline) or None.
+
+    `stuck_s`: how long work may wait; more where a single piece may take longer.
+    """
 
     def __init__(self, waiting: Callable[[], bool], excuse: Callable[[], str | None] = lambda: None) -> None:
         self._waiting, self._excuse = waiting, excuse
+        self.stuck_s = STUCK_S
         self._lock = threading.Lock()
         self._count, self._last_s = 0, time.monotonic()
         self._idle_seen_s = self._last_s
@@ -32,12 +36,17 @@ class Stage:
             self._last_s = time.monotonic()
 
     @property
+    def is_waiting(self) -> bool:
+        """Whether work lies before it."""
+        return self._waiting()
+
+    @property
     def count(self) -> int:
         """How much was done since the start."""
         return self._count
 
     def health(self) -> StageHealth:
-        """`stuck`: work waits, nothing was done for ten seconds, and there is no excuse."""
+        """`stuck`: work waits, nothing was done for `stuck_s`, and there is no excuse."""
         with self._lock:
             count, age_s = self._count, time.monotonic() - self._last_s
         waiting = self._waiting()
@@ -48,7 +57,7 @@ class Stage:
         state: StageState = "ok" if waiting or age_s < 1.0 else "idle"
         if self._excuse() is not None:
             state = "degraded"
-        elif waiting and waits_s > STUCK_S:
+        elif waiting and waits_s > self.stuck_s:
             state = "stuck"
         return StageHealth(state=state, count=count, age_s=round(age_s, 3))
 

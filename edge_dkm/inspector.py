@@ -5,6 +5,7 @@ Imports neither `devices` nor `configs`: a host program may have folders of thos
 
 from __future__ import annotations
 
+import copy
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -108,11 +109,15 @@ class Inspector:
                 embed_dim=self.metadata.embed_dim,
             )
         self._feed: dict[str, NDArray[np.float32]] = dict(self.codebook.tensors) if self.codebook else {}
-        self.novelty_threshold = _default_threshold(self.metadata)
+        self.default_threshold = _default_threshold(self.metadata)
+        self.novelty_threshold = self.default_threshold
         if novelty_threshold is not None:
             self.set_novelty_threshold(novelty_threshold)
         self.policy = policy or Policy()
-        self._decide = Decision(self.metadata.clusters, self.policy, self.file.name)
+        clusters = self.metadata.clusters
+        # One pair, replaced as one: no frame gets the name of one table and the verdict of another.
+        self._table = clusters, Decision(clusters, self.policy, self.file.name)
+        self._runs: set[ort.RunOptions] = set()
 
     @property
     def providers(self) -> list[str]:
@@ -156,13 +161,35 @@ class Inspector:
         """The graph's own outputs for `image` (N, H, W, 3) uint8. `overrides` replace this inspector's codebook and threshold."""
         session = self._open()
         feed = {IMAGE: image, **(self._feed if overrides is None else overrides)}
+        options = ort.RunOptions()
+        self._runs.add(options)
         try:
-            values = session.run(list(names), feed)
+            values = session.run(list(names), feed, options)
         except Exception as error:  # onnxruntime raises many types; none of them may end the line
             raise InspectionError(
                 "R-RUNTIME", f"{self.file.name} failed on a frame of {image.shape}: {_first_line(error)}"
             ) from error
+        finally:
+            self._runs.discard(options)
         return dict(zip(names, values, strict=True))
+
+    def interrupt(self) -> None:
+        """Asks the runs that are under way, in other threads, to end between two nodes of the graph; they raise InspectionError."""
+        for options in list(self._runs):
+            options.terminate = True
+
+    def relabel(self, clusters: tuple[Cluster, ...], policy: Policy) -> None:
+        """Other names and verdicts from the next frame on; `clusters` has the ids of the graph's own table."""
+        self._table, self.policy = (clusters, Decision(clusters, policy, self.file.name)), policy
+
+    def twin(self) -> Inspector:
+        """The same loaded model with a threshold and labels of its own, for another camera; it has to be closed too."""
+        return copy.copy(self)
+
+    @property
+    def clusters(self) -> tuple[Cluster, ...]:
+        """The cluster table as it is used now."""
+        return self._table[0]
 
     def close(self) -> None:
         """Frees the session; runs that are under way finish."""
@@ -210,10 +237,11 @@ class Inspector:
                 "R-NONFINITE", f"{self.file.name} gave novelty_score {score}, distance {distance}: not a usable answer"
             )
         cluster_id, is_novel = int(outputs["cluster_id"][n]), bool(outputs["is_novel"][n])
-        verdict, reason = self._decide(cluster_id, is_novel)
+        clusters, decide = self._table
+        verdict, reason = decide(cluster_id, is_novel)
         margin = float(np.partition(distances, 1)[1] - distances.min()) if distances.shape[0] > 1 else None
         return Inspection(
-            self.metadata.clusters[cluster_id],
+            clusters[cluster_id],
             distance,
             margin,
             score,

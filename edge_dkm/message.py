@@ -255,6 +255,8 @@ class Health(Announcement):
     stages: dict[str, StageHealth]
     counters: dict[str, CameraCounters]
     outbox: OutboxHealth
+    restarts: dict[str, int] = Field(default_factory=dict)
+    alarms: list[str] = Field(default_factory=list)
     disk_free_mb: int
     rss_mb: int | None = None
     clock_synced: bool | None = None
@@ -272,6 +274,43 @@ class CameraHealth(Announcement):
     reconnects: int
 
 
+class Alarm(Announcement):
+    """Something that somebody should look at, raised or cleared: `dkm.alarm/1`, retained."""
+
+    schema_: Literal["dkm.alarm/1"] = Field("dkm.alarm/1", alias="schema")
+    code: str
+    active: bool
+    since: str
+    detail: Detail
+    camera: str | None = None
+
+
+class Reply(Announcement):
+    """What became of a command: `dkm.reply/1`. `code` (CMD-..., not_built) only where it was refused."""
+
+    schema_: Literal["dkm.reply/1"] = Field("dkm.reply/1", alias="schema")
+    id: str | None = None
+    ok: bool
+    code: str | None = None
+    detail: Detail | None = None
+
+
+class CommandMessage(Message):
+    """What the MES asks for: `dkm.cmd/1`; the verb is the topic's last level. The same `id` again is answered again, not done again."""
+
+    schema_: Literal["dkm.cmd/1"] = Field("dkm.cmd/1", alias="schema")
+    id: str
+    args: dict[str, Any] = Field(default_factory=dict)
+
+
+class Ack(Message):
+    """The consumer has every row up to `seq` `upto`, in the order sent, on its own disk: `dkm.ack/1`."""
+
+    schema_: Literal["dkm.ack/1"] = Field("dkm.ack/1", alias="schema")
+    epoch: str = Field(max_length=64)
+    upto: int = Field(ge=0, lt=2**63)
+
+
 MESSAGES: dict[str, type[Message]] = {
     "dkm.status/1": Status,
     "dkm.info/1": Info,
@@ -280,6 +319,10 @@ MESSAGES: dict[str, type[Message]] = {
     "dkm.camera/1": CameraHealth,
     "dkm.result/1": Result,
     "dkm.gap/1": Gap,
+    "dkm.alarm/1": Alarm,
+    "dkm.cmd/1": CommandMessage,
+    "dkm.reply/1": Reply,
+    "dkm.ack/1": Ack,
 }
 
 

@@ -27,7 +27,7 @@ def runtime_of(device: str, *, strict: bool) -> Runtime:
 
 
 def load_models(settings: LineSettings) -> dict[str, Inspector]:
-    """One inspector per camera; cameras with the same model share it.
+    """One inspector per camera; those of the same model share its session, and each has its own threshold and labels.
 
     Raises:
         ModelError: a model is not usable, or fails its golden images on this device.
@@ -36,6 +36,7 @@ def load_models(settings: LineSettings) -> dict[str, Inspector]:
     runtime = runtime_of(settings.device, strict=settings.strict_provider)
     policy = Policy(settings.verdicts.default, settings.verdicts.novel, settings.verdicts.clusters)
     by_path: dict[str, Inspector] = {}
+    inspectors: dict[str, Inspector] = {}
     for name, camera in settings.cameras.items():
         path = camera.model or settings.model or ""
         if path not in by_path:
@@ -45,7 +46,8 @@ def load_models(settings: LineSettings) -> dict[str, Inspector]:
         problem = roi_problem(name, camera, by_path[path].metadata.input)
         if problem is not None:
             raise UsageError(problem)
-    return {name: by_path[camera.model or settings.model or ""] for name, camera in settings.cameras.items()}
+        inspectors[name] = by_path[path].twin()
+    return inspectors
 
 
 def verify_model(inspector: Inspector) -> GoldenReport:

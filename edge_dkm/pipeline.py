@@ -2,7 +2,8 @@
 
     capture threads --put--> ShotBuffer --> inspect --> commit (groups what has queued up meanwhile) --> Outbox --wakes--> publisher
 
-A shot that stands for a part has an intent row on disk before it enters the buffer and ends in exactly one result.
+A shot that stands for a part has an intent row on disk before it enters the buffer and ends in exactly one result. A part that a
+command announced (`promise`) has it before there is a frame.
 """
 
 from __future__ import annotations
@@ -13,88 +14,27 @@ import threading
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
-from typing import Literal
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
 
 from devices.settings import CameraSettings
 from devices.triggers import Shot
 from edge_dkm.errors import FrameError, InspectionError
 from edge_dkm.health import Stage
 from edge_dkm.inspector import Inspection, Inspector
-from edge_dkm.message import CameraCounters, ModelInfo, TriggerInfo, new_result_id
+from edge_dkm.message import ModelInfo, Part, TriggerInfo, new_result_id
 from edge_dkm.outbox import Draft, Intent, Numbers, Outbox
-from edge_dkm.results import Case, Clockings, completed, model_info, timestamp, without_answer
+from edge_dkm.results import Case, Clockings, completed, fitted, model_info, timestamp, without_answer
+from edge_dkm.shot_buffer import ShotBuffer, Tally
 
-MAX_WAITING = 16  # shots per camera that may wait for inspection
 MAX_UNCOMMITTED = 64  # results that may wait for the disk
 KEPT_TIMINGS = 20_000
+NO_FRAME_S = 5.0  # for a part that a command announced, where the camera has no deadline_ms
 
 log = logging.getLogger(__name__)
-Policy = Literal["latest", "every"]
-
-
-@dataclass
-class Tally:
-    """Counts of one camera. frames = results + bad + dropped + those under way."""
-
-    frames: int = 0
-    results: int = 0
-    bad: int = 0
-    dropped: Counter[str] = field(default_factory=Counter)
-    verdicts: Counter[str] = field(default_factory=Counter)
-
-    def counters(self) -> CameraCounters:
-        """As health messages carry them."""
-        return CameraCounters(frames=self.frames, results=self.results, bad=self.bad, dropped=dict(self.dropped))
-
-
-class ShotBuffer:
-    """Shots waiting for inspection. A part always finds room or waits for it; a counted frame replaces its elder with policy `latest`."""
-
-    def __init__(self, cameras: Mapping[str, Policy], tallies: Mapping[str, Tally]) -> None:
-        self._policies, self._tallies = cameras, tallies
-        self._waiting: dict[str, deque[tuple[Case, Shot]]] = {name: deque() for name in cameras}
-        self._turn: deque[str] = deque(cameras)
-        self._changed = threading.Condition()
-        self._closed = False
-
-    def put(self, case: Case, shot: Shot, is_part: bool) -> bool:
-        """Adds a shot; blocks while there is no room for one that may not be dropped. False once the buffer is closed."""
-        with self._changed:
-            waiting = self._waiting[case.camera]
-            if not is_part and self._policies[case.camera] == "latest":
-                while waiting:
-                    waiting.popleft()
-                    self._tallies[case.camera].dropped["superseded"] += 1
-            self._changed.wait_for(lambda: len(waiting) < MAX_WAITING or self._closed)
-            if self._closed:
-                return False
-            self._tallies[case.camera].frames += 1
-            waiting.append((case, shot))
-            self._changed.notify_all()
-            return True
-
-    def get(self) -> tuple[Case, Shot] | None:
-        """The next shot, the cameras taking turns; None once the buffer is closed and empty."""
-        with self._changed:
-            self._changed.wait_for(lambda: self._closed or any(self._waiting.values()))
-            for _ in range(len(self._turn)):
-                self._turn.rotate(-1)
-                waiting = self._waiting[self._turn[-1]]
-                if waiting:
-                    found = waiting.popleft()
-                    self._changed.notify_all()
-                    return found
-            return None
-
-    def close(self) -> None:
-        """No more shots are taken; those waiting are still handed out."""
-        with self._changed:
-            self._closed = True
-            self._changed.notify_all()
-
-    def __len__(self) -> int:
-        return sum(len(waiting) for waiting in self._waiting.values())
 
 
 @dataclass(frozen=True)
@@ -107,12 +47,46 @@ class Timings:
 
 
 @dataclass(frozen=True)
+class Outcome:
+    """One committed result: the answer, or why there is none. `image` is what was inspected, (H, W, 3) uint8 BGR, where there was a frame."""
+
+    case: Case
+    inspection: Inspection | None
+    error: InspectionError | None
+    timings: Timings | None
+    image: NDArray[np.uint8] | None
+
+    @property
+    def verdict(self) -> str:
+        """As the message has it."""
+        return self.inspection.verdict if self.inspection else "error"
+
+    @property
+    def state(self) -> str:
+        """As the message has it."""
+        if self.inspection is not None:
+            return "completed"
+        return "bad_frame" if isinstance(self.error, FrameError) else "failed"
+
+
+class Observer(Protocol):
+    """Who wants to know of parts as they pass. Called from the pipeline's threads; must not block."""
+
+    def armed(self, case: Case) -> None:
+        """A trigger fired."""
+
+    def committed(self, outcome: Outcome) -> None:
+        """The result is on disk."""
+
+
+@dataclass(frozen=True)
 class _Done:
     draft: Draft
     case: Case
     inspection: Inspection | None
     error: InspectionError | None
     clockings: Clockings
+    image: NDArray[np.uint8] | None = None
 
 
 class Pipeline:
@@ -131,18 +105,29 @@ class Pipeline:
         self.tallies = {name: Tally() for name in cameras}
         self.timings: deque[Timings] = deque(maxlen=KEPT_TIMINGS)
         self.failed: BaseException | None = None
+        self.observer: Observer | None = None
+        self.is_paused = False
         self._inspectors, self._topic_of, self._on_event = inspectors, topic_of, on_event
         self._models: dict[str, ModelInfo] = {name: model_info(inspector) for name, inspector in inspectors.items()}
         self._buffer = ShotBuffer({name: camera.policy for name, camera in cameras.items()}, self.tallies)
         self._results: queue.Queue[_Done | None] = queue.Queue(MAX_UNCOMMITTED)
+        self._promised: dict[str, tuple[Case, float]] = {}  # token -> (case, monotonic seconds at which it fails)
+        self._promise_lock = threading.Lock()
+        self._promises: Counter[str] = Counter()
+        self._inferring_since_s: float | None = None
         self._threads = [
             threading.Thread(target=self._guard, args=(work,), name=name, daemon=True)
             for name, work in (("infer", self._inspect_all), ("commit", self._commit_all))
         ]
         self.stages = {
-            "infer": Stage(lambda: len(self._buffer) > 0),
-            "commit": Stage(lambda: not self._results.empty()),
+            "infer": Stage(lambda: len(self._buffer) > 0 or self._inferring_since_s is not None),
+            "commit": Stage(lambda: not self._results.empty() or outbox.is_blocked, self._blocked),
         }
+
+    @property
+    def is_started(self) -> bool:
+        """Whether `start` was called."""
+        return self._threads[0].ident is not None
 
     def start(self) -> None:
         """Starts the threads."""
@@ -151,23 +136,69 @@ class Pipeline:
 
     def take(self, camera: str, shot: Shot, is_part: bool) -> None:
         """Called by capture threads for every shot. For a part the intent is on disk when this returns."""
-        fired_s = time.monotonic()
-        case = Case(
-            new_result_id(),
-            self.station,
-            camera,
-            TriggerInfo.model_validate({"kind": shot.kind, "id": shot.trigger_id}),
-            timestamp(shot.frame.mono_s),
-            shot.frame.mono_s,
-            fired_s,
-        )
-        try:
-            if is_part:
-                self.outbox.intend(Intent(case.result_id, camera, shot.kind, shot.trigger_id, case.ts))
-        except Exception as error:  # noqa: BLE001 (it would end the capture thread unseen; the supervisor stops the line with it)
-            self._fail(error)
+        tally = self.tallies[camera]
+        if shot.token is not None:
+            self._take_promised(camera, shot, shot.token)
             return
-        self._buffer.put(case, shot, is_part)
+        if self.is_paused:
+            tally.frames += 1
+            tally.dropped["paused"] += 1
+            return
+        case = self._case(camera, shot.kind, shot.trigger_id, shot.frame.mono_s, None)
+        if is_part and not self._intend(case):
+            return
+        if self.observer is not None:
+            self.observer.armed(case)
+        if self._buffer.put(case, shot, is_part):
+            tally.frames += 1
+
+    def promise(self, camera: str, part: Part | None) -> str | None:
+        """A part that a command announces: its intent is on disk when this returns, its token goes to the camera. None where the disk failed."""
+        fired_s = time.monotonic()
+        with self._promise_lock:
+            self._promises[camera] += 1
+            case = self._case(camera, "mqtt", self._promises[camera], fired_s, part)
+        if not self._intend(case):
+            return None
+        deadline_ms = self.cameras[camera].deadline_ms
+        self.tallies[camera].frames += 1
+        with self._promise_lock:
+            self._promised[case.result_id] = case, fired_s + (deadline_ms / 1000 if deadline_ms else NO_FRAME_S)
+        if self.observer is not None:
+            self.observer.armed(case)
+        return case.result_id
+
+    def expired(self) -> list[tuple[str, str]]:
+        """Fails announced parts for which no frame came in time; returns (camera, token) of each."""
+        now_s, given_up = time.monotonic(), []
+        with self._promise_lock:
+            for token, (case, expires_s) in list(self._promised.items()):
+                if expires_s > now_s or self._results.full():  # where the disk is behind: a turn later
+                    continue
+                del self._promised[token]
+                text = f"camera {case.camera} gave no frame for the announced part in time"
+                error = InspectionError("R-NO-FRAME", text)
+                self._results.put_nowait(self._done(case, None, error, Clockings(now_s, now_s)))
+                given_up.append((case.camera, token))
+        return given_up
+
+    def next_expiry_s(self) -> float | None:
+        """Seconds until the next announced part is given up; None where none is open."""
+        with self._promise_lock:
+            moment_s = min((expires_s for _, expires_s in self._promised.values()), default=None)
+        return None if moment_s is None else moment_s - time.monotonic()
+
+    def skipped(self, camera: str, n: int) -> None:
+        """Frames that a camera's process left out, since newer ones had come."""
+        self.tallies[camera].frames += n
+        self.tallies[camera].dropped["superseded"] += n
+
+    def interrupt_slow(self, timeout_s: float) -> None:
+        """Stops an inference that has taken longer than that; the part ends in a declared failure."""
+        since_s = self._inferring_since_s
+        if since_s is not None and time.monotonic() - since_s > timeout_s:
+            for inspector in self._inspectors.values():
+                inspector.interrupt()
 
     def finish(self, patience_s: float) -> bool:
         """Takes no more shots, inspects and commits what waits; False if nothing is done for `patience_s` (a slow model may take its time)."""
@@ -184,6 +215,34 @@ class Pipeline:
     def committed(self) -> int:
         """Results on disk since the start, of all cameras."""
         return sum(tally.results + tally.bad for tally in self.tallies.values())
+
+    def _take_promised(self, camera: str, shot: Shot, token: str) -> None:
+        with self._promise_lock:
+            case, _ = self._promised.pop(token, (None, 0.0))
+        if case is not None:
+            self._buffer.put(case, shot, True)
+        else:  # its part was given up: a frame without a part
+            self.tallies[camera].frames += 1
+            self.tallies[camera].dropped["late"] += 1
+
+    def _case(self, camera: str, kind: str, trigger_id: int, captured_s: float, part: Part | None) -> Case:
+        trigger = TriggerInfo.model_validate({"kind": kind, "id": trigger_id})
+        ts = timestamp(captured_s)
+        return Case(new_result_id(), self.station, camera, trigger, ts, captured_s, time.monotonic(), part)
+
+    def _intend(self, case: Case) -> bool:
+        part_id, product = (case.part.id, case.part.product) if case.part else (None, None)
+        try:
+            self.outbox.intend(
+                Intent(case.result_id, case.camera, case.trigger.kind, case.trigger.id, case.ts, part_id, product)
+            )
+        except Exception as error:  # noqa: BLE001 (it would end the capture thread unseen; the supervisor stops the line with it)
+            self._fail(error)
+            return False
+        return True
+
+    def _blocked(self) -> str | None:
+        return "the outbox is full and delivery.limit is block" if self.outbox.is_blocked else None
 
     def _guard(self, work: Callable[[], None]) -> None:
         try:
@@ -205,7 +264,7 @@ class Pipeline:
         self._results.put(None)
 
     def _inspect(self, case: Case, shot: Shot) -> _Done:
-        started_s = time.monotonic()
+        self._inferring_since_s = started_s = time.monotonic()
         deadline_ms = self.cameras[case.camera].deadline_ms
         inspection: Inspection | None = None
         error: InspectionError | None = None
@@ -217,17 +276,28 @@ class Pipeline:
             _check_deadline(case, deadline_ms, time.monotonic())
         except InspectionError as caught:
             inspection, error = None, caught
-        clockings = Clockings(started_s, time.monotonic())
+        finally:
+            self._inferring_since_s = None
+        image = None if shot.frame.fault else shot.frame.image
+        return self._done(case, inspection, error, Clockings(started_s, time.monotonic()), image)
+
+    def _done(
+        self,
+        case: Case,
+        inspection: Inspection | None,
+        error: InspectionError | None,
+        clockings: Clockings,
+        image: NDArray[np.uint8] | None = None,
+    ) -> _Done:
         model = self._models[case.camera]
 
         def render(numbers: Numbers) -> bytes:
             if inspection is not None:
-                return completed(case, numbers, model, inspection, clockings).payload()
-            return without_answer(case, numbers, error or InspectionError("R-UNKNOWN", "no answer"), model).payload()
+                return fitted(completed(case, numbers, model, inspection, clockings))
+            return fitted(without_answer(case, numbers, error or InspectionError("R-UNKNOWN", "no answer"), model))
 
-        return _Done(
-            Draft(case.camera, self._topic_of(case.camera), case.result_id, render), case, inspection, error, clockings
-        )
+        draft = Draft(case.camera, self._topic_of(case.camera), case.result_id, render)
+        return _Done(draft, case, inspection, error, clockings, image)
 
     def _commit_all(self) -> None:
         is_last = False
@@ -260,10 +330,15 @@ class Pipeline:
             tally.bad += 1
         else:
             tally.results += 1
-        tally.verdicts[done.inspection.verdict if done.inspection else "error"] += 1
+        timings = None
         if done.inspection is not None:
             timing = done.clockings.timing(done.case)
-            self.timings.append(Timings(timing.infer, timing.total, (now_s - done.case.captured_s) * 1000))
+            timings = Timings(timing.infer, timing.total, (now_s - done.case.captured_s) * 1000)
+            self.timings.append(timings)
+        outcome = Outcome(done.case, done.inspection, done.error, timings, done.image)
+        tally.verdicts[outcome.verdict] += 1
+        if self.observer is not None:
+            self.observer.committed(outcome)
 
 
 def _check_deadline(case: Case, deadline_ms: int | None, now_s: float) -> None:

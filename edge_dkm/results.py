@@ -10,7 +10,17 @@ from edge_dkm.clock import boot_id, rfc3339, utc_at
 from edge_dkm.contract import CONTRACT
 from edge_dkm.errors import FrameError, InspectionError
 from edge_dkm.inspector import Inspection, Inspector
-from edge_dkm.message import ClusterInfo, ErrorInfo, ModelInfo, NoveltyInfo, Result, Timing, TriggerInfo
+from edge_dkm.message import (
+    MAX_RESULT_BYTES,
+    ClusterInfo,
+    ErrorInfo,
+    ModelInfo,
+    NoveltyInfo,
+    Part,
+    Result,
+    Timing,
+    TriggerInfo,
+)
 from edge_dkm.outbox import Draft, Intent, Numbers
 
 _boot_id = functools.cache(boot_id)
@@ -27,6 +37,7 @@ class Case:
     ts: str
     captured_s: float
     fired_s: float
+    part: Part | None = None
 
 
 @dataclass(frozen=True)
@@ -63,6 +74,7 @@ def _heading(case: Case, numbers: Numbers) -> dict[str, Any]:
         "station": case.station,
         "camera": case.camera,
         "trigger": case.trigger,
+        "part": case.part,
     }
 
 
@@ -104,6 +116,20 @@ def without_answer(case: Case, numbers: Numbers, error: InspectionError, model: 
     )
 
 
+def fitted(result: Result) -> bytes:
+    """The payload, within 1 KiB: names that are too long cost the timing first, then the answer, declared."""
+    payload = result.payload()
+    if len(payload) > MAX_RESULT_BYTES:
+        payload = result.model_copy(update={"timing_ms": None}).payload()
+    if len(payload) > MAX_RESULT_BYTES:
+        text = f"the result has {len(payload)} bytes, at most {MAX_RESULT_BYTES} are sent; shorten names or part ids"
+        error = ErrorInfo(code="R-OVERSIZE", detail=text)
+        gone = {"cluster": None, "novelty": None, "timing_ms": None, "part": None}
+        changes = {**gone, "state": "failed", "verdict": "error", "reason": "failed", "error": error}
+        payload = result.model_copy(update=changes).payload()
+    return payload
+
+
 def restart_draft(intent: Intent, station: str, topic: str) -> Draft:
     """The declared result of a trigger whose inspection a restart cut off."""
     error = InspectionError("R-RESTART", "the program ended between the trigger and the result")
@@ -115,6 +141,7 @@ def restart_draft(intent: Intent, station: str, topic: str) -> Draft:
         intent.ts,
         0.0,
         0.0,
+        None if intent.part_id is None else Part(id=intent.part_id, product=intent.product),
     )
     return Draft(intent.camera, topic, intent.result_id, lambda numbers: without_answer(case, numbers, error).payload())
 

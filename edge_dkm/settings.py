@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import AfterValidator, Field, field_validator, model_validator
 
 from configs import Settings, Sources, load_settings
 from devices.settings import CameraSettings
@@ -14,9 +14,31 @@ from edge_dkm.contract import Verdict
 
 ENVIRONMENT_PREFIX = "EDGE_DKM"
 Slug = Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]+$", max_length=64)]
-CameraName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]+$", max_length=32)]
+STATION_TOPICS = ("ack", "alarm", "cmd", "health", "info", "part", "reply", "state", "status")
 EMBEDDED = "embedded"
+MAX_HOURS = 876_000  # a hundred years
 EMBEDDED_PORT = 18830  # not 1883: a broker of the system may run there
+
+
+def _no_station_topic(name: str) -> str:
+    if name in STATION_TOPICS:
+        raise ValueError(
+            f"a name other than {', '.join(STATION_TOPICS)}: these are the station's own topics, beside those of its cameras"
+        )
+    return name
+
+
+def _usable_host(host: str) -> str:
+    # An empty label, or one of over 63 bytes, raises UnicodeError deep inside the MQTT client's thread.
+    labels = host.removesuffix(".").split(".")
+    if not re.fullmatch(r"[A-Za-z0-9_.:-]{1,253}", host) or not all(1 <= len(label) <= 63 for label in labels):
+        raise ValueError("expected a host name or an IP address (or embedded)")
+    return host
+
+
+CameraName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]+$", max_length=32), AfterValidator(_no_station_topic)]
+Host = Annotated[str, AfterValidator(_usable_host)]
+Credential = Annotated[str, Field(max_length=16_384)]  # MQTT has room for 65535 bytes
 
 
 class UnsSettings(Settings):
@@ -59,21 +81,13 @@ class TlsSettings(Settings):
 class MqttSettings(Settings):
     """The broker. `host: embedded` starts one as a child, for a first try. `version` 3.1.1 hides refusals: results may be lost unseen."""
 
-    host: str = EMBEDDED
+    host: Host = EMBEDDED
     port: int | None = Field(None, ge=1, le=65535, description="default 1883, with TLS 8883, embedded 18830")
     tls: TlsSettings | None = None
-    username: str | None = None
-    password: str | None = None
-    keepalive_s: int = Field(15, ge=5, le=600)
+    username: Credential | None = None
+    password: Credential | None = None
+    keepalive_s: int = Field(4, ge=2, le=600, description="a broker that is silent for twice this is taken for gone")
     version: Literal["5", "3.1.1"] = "5"
-
-    @field_validator("host")
-    @classmethod
-    def _usable_host(cls, host: str) -> str:
-        # A label of over 63 bytes raises UnicodeError deep inside the MQTT client's thread.
-        if not re.fullmatch(r"[A-Za-z0-9_.:-]{1,253}", host) or any(len(label) > 63 for label in host.split(".")):
-            raise ValueError("expected a host name or an IP address (or embedded)")
-        return host
 
     @property
     def effective_port(self) -> int:
@@ -82,25 +96,47 @@ class MqttSettings(Settings):
 
 
 class DeliverySettings(Settings):
-    """How results are kept and sent. `limit` says what happens when `max_rows`, `max_mb` or `max_age_h` is reached."""
+    """How results are kept and sent.
+
+    `mode`: when a row counts as delivered: the broker's PUBACK (`puback`: then deleted, `journal`: then kept `keep_h` for replays) or the
+    consumer's own acknowledgement (`e2e`). `order: live_first` sends what waited during an outage to `<camera>/history`, behind new
+    results. `limit` says what happens when `max_rows`, `max_mb` or `max_age_h` is reached.
+    """
 
     mode: Literal["puback", "journal", "e2e"] = "journal"
     order: Literal["strict", "live_first"] = "strict"
     limit: Literal["drop_oldest", "block", "drop_newest"] = "drop_oldest"
-    max_rows: int = Field(1_000_000, ge=10)
-    max_mb: float = Field(512, gt=0)
-    max_age_h: float = Field(168, gt=0)
-    keep_h: float = Field(72, ge=0)
+    max_rows: int = Field(1_000_000, ge=10, le=1_000_000_000)
+    max_mb: float = Field(512, gt=0, le=1_000_000)
+    max_age_h: float = Field(168, gt=0, le=MAX_HOURS)
+    keep_h: float = Field(72, ge=0, le=MAX_HOURS)
     drain_timeout_s: float = Field(
-        30, ge=0, description="how long to wait for the broker when a film or folder has ended"
+        30, ge=0, le=86_400, description="how long to wait for the broker when a film or folder has ended"
     )
 
-    @field_validator("mode", "order", "limit")
-    @classmethod
-    def _built(cls, value: str) -> str:
-        if value not in {"journal", "strict", "drop_oldest"}:
-            raise ValueError(f"{value} is not built yet, expected journal, strict and drop_oldest")
-        return value
+    @model_validator(mode="after")
+    def _in_order(self) -> DeliverySettings:
+        if self.mode == "e2e" and self.order != "strict":
+            raise ValueError(
+                "mode e2e needs order: strict, since the consumer acknowledges all up to a number; expected strict, or mode journal"
+            )
+        return self
+
+
+class HealthSettings(Settings):
+    """`/healthz`, `/readyz` and, with `metrics` (extra `metrics`), `/metrics` over HTTP. Without a port there is no server."""
+
+    host: Host = "127.0.0.1"
+    port: int | None = Field(None, ge=0, le=65535, description="0: any free one, said in the log")
+    metrics: bool = False
+
+
+class ImageSettings(Settings):
+    """Pictures of inspected parts as JPEG on `<camera>/image`, QoS 0: for people, not for records."""
+
+    when: Literal["never", "not_pass", "always"] = "never"
+    quality: int = Field(80, ge=1, le=100)
+    max_px: int = Field(640, ge=16, description="longer side")
 
 
 class LineSettings(Settings):
@@ -119,6 +155,9 @@ class LineSettings(Settings):
     verdicts: VerdictSettings = VerdictSettings()
     mqtt: MqttSettings = MqttSettings()
     delivery: DeliverySettings = DeliverySettings()
+    health: HealthSettings = HealthSettings()
+    image: ImageSettings = ImageSettings()
+    infer_timeout_s: float = Field(5.0, gt=0, le=600, description="an inference that takes longer is stopped")
     state: Path = Field(
         Path("state"), validate_default=False, description="the folder for outbox, codebooks and what else must survive"
     )

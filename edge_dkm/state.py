@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import fcntl
+import logging
 import os
 from pathlib import Path
 from types import TracebackType
 
 from edge_dkm.errors import LockedError, StorageError
+from edge_dkm.set_aside import set_aside
 
 LOCK = "lock"
+log = logging.getLogger(__name__)
 
 
 class StateFolder:
@@ -24,6 +27,7 @@ class StateFolder:
         self.path = path
         try:
             path.mkdir(mode=0o700, parents=True, exist_ok=True)
+            _make_room(path / LOCK)
             self._file = os.open(path / LOCK, os.O_RDWR | os.O_CREAT, 0o600)
         except OSError as error:
             raise StorageError(f"state folder {path} cannot be used: {error.strerror or error}") from None
@@ -65,3 +69,8 @@ class StateFolder:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+def _make_room(path: Path) -> None:
+    if path.is_dir():
+        log.warning("S-CORRUPT %s is a folder, moved to %s", path, set_aside(path))

@@ -1,4 +1,4 @@
-"""Runs a line: starts what it needs in order, announces it, watches it, and stops it so that nothing is lost. `edge-dkm run` calls it."""
+"""Runs a line: starts what it needs in order, watches it, and stops it so that nothing is lost. `edge-dkm run` calls it."""
 
 from __future__ import annotations
 
@@ -8,66 +8,44 @@ import signal
 import threading
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
 from types import FrameType
 
-import numpy as np
-
-from devices.capture import Capture
 from devices.errors import CameraError
-from devices.triggers import Shot
-from edge_dkm import __version__
-from edge_dkm.announcer import Announcer
-from edge_dkm.embedded_broker import EmbeddedBroker, as_embedded_speaks
 from edge_dkm.errors import BrokerError, EdgeError, UsageError
 from edge_dkm.framing import frame_problem
-from edge_dkm.inspector import Inspector
+from edge_dkm.line import Line
+from edge_dkm.line_report import LineReport, report
 from edge_dkm.models import load_models
-from edge_dkm.mqtt import check_files
+from edge_dkm.mqtt.delivery import Problem
+from edge_dkm.mqtt.embedded_broker import EmbeddedBroker, as_embedded_speaks
+from edge_dkm.mqtt.link import check_files
 from edge_dkm.outbox import Limits, Outbox
-from edge_dkm.pipeline import Pipeline, Timings
-from edge_dkm.publisher import Publisher
-from edge_dkm.results import restart_draft
+from edge_dkm.service.admin import SOCKET, AdminServer
+from edge_dkm.service.admin_handlers import admin_handlers
+from edge_dkm.service.http_health import Answers, HealthServer
+from edge_dkm.service.metrics import Exporter
+from edge_dkm.service.systemd import Notifier
+from edge_dkm.service.watchdog import Watchdog, cancel_end, end_at_latest
 from edge_dkm.settings import EMBEDDED, LineSettings
 from edge_dkm.state import StateFolder
+from edge_dkm.vitals import LOOK_EVERY_S
 
 HEALTH_EVERY_S = 5.0
 FINISH_S = 10.0  # without progress on what waits, when stopping
-STOP_DRAIN_S = 3.0  # to deliver it, when stopped by hand
+FINISH_ASKED_S = 3.0  # the same when a signal asked for the end
+STOP_DRAIN_S = 2.5  # to deliver it, when stopped by hand
+GOODBYE_S = 2.5
+DEAD_MAN_S = 8.5  # a supervisor that does not come round for so long ends its process
+END_S = 9.5  # for all of the ending, whatever hangs
 
 log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
-class LineReport:
-    """What a finished line did. `unsent` results wait in the outbox and go out at the next start."""
-
-    parts: int
-    bad: int
-    dropped: int
-    verdicts: dict[str, int]
-    unsent: int
-    seconds: float
-    latency_ms: dict[str, dict[str, float]]
-
-    def text(self) -> str:
-        """For people."""
-        verdicts = ", ".join(f"{name} {n}" for name, n in sorted(self.verdicts.items())) or "none"
-        lines = [
-            f"results   {self.parts} ({verdicts}), {self.bad} bad frames, {self.dropped} frames skipped, in {self.seconds:.1f} s"
-        ]
-        lines += [
-            f"latency   {name}: p50 {values['p50']:.1f} ms, p99 {values['p99']:.1f} ms"
-            for name, values in self.latency_ms.items()
-        ]
-        lines.append(
-            f"outbox    {'everything delivered' if not self.unsent else f'{self.unsent} results wait for delivery'}"
-        )
-        return "\n".join(lines)
-
-
-def run_line(settings: LineSettings, max_parts: int | None = None) -> LineReport:
+def run_line(settings: LineSettings, max_parts: int | None = None, *, own_process: bool = False) -> LineReport:
     """Runs until the recorded sources end, `max_parts` results are committed, or a signal asks to stop.
+
+    Args:
+        own_process: this process runs nothing else, so a supervisor that hangs may end it.
 
     Raises:
         EdgeError, CameraError: what stopped it, with its exit code.
@@ -79,16 +57,23 @@ def run_line(settings: LineSettings, max_parts: int | None = None) -> LineReport
             stack.callback(broker.close)
             settings = as_embedded_speaks(settings)
         inspectors = load_models(settings)
-        for inspector in set(inspectors.values()):
+        for inspector in inspectors.values():
             stack.callback(inspector.close)
         delivery = settings.delivery
-        limits = Limits(delivery.max_rows, int(delivery.max_mb * 1e6), delivery.max_age_h, delivery.keep_h)
+        limits = Limits(
+            delivery.max_rows, int(delivery.max_mb * 1e6), delivery.max_age_h, delivery.keep_h, delivery.limit
+        )
+        base = settings.base_topic
         outbox = Outbox(
-            folder.outbox, settings.station, lambda camera: f"{settings.base_topic}/{camera}/result", limits
+            folder.outbox, settings.station, lambda camera: f"{base}/{camera}/result", limits, delivery.mode
         )
         stack.callback(outbox.close)
         _warn(settings)
-        return Line(settings, folder, outbox, inspectors).run(max_parts)
+        line = Line(settings, folder, outbox, inspectors)
+        stack.callback(AdminServer(folder.path / SOCKET, admin_handlers(line)).close)
+        if settings.health.port is not None:
+            stack.callback(_health_server(line).close)
+        return Supervisor(line, own_process).run(max_parts)
 
 
 def _warn(settings: LineSettings) -> None:
@@ -99,132 +84,148 @@ def _warn(settings: LineSettings) -> None:
     local = settings.mqtt.host in {EMBEDDED, "localhost", "127.0.0.1", "::1"}
     if settings.mqtt.tls is None and not local:
         log.warning("mqtt.tls is not set: results and password travel in plain text to %s", settings.mqtt.host)
+    for name, camera in settings.cameras.items():
+        if camera.output is not None and camera.deadline_ms is None:
+            log.warning("cameras.%s has an output and no deadline_ms: a late verdict may reach the next part", name)
 
 
-class Line:
-    """One running line."""
+def _health_server(line: Line) -> HealthServer:
+    wanted = line.settings.health
+    metrics = Exporter(line.vitals.snapshot).text if wanted.metrics else lambda: None
+    server = HealthServer(Answers(line.vitals.healthz, line.vitals.readyz, metrics), wanted.host, wanted.port or 0)
+    log.info("health at http://%s:%d/healthz, /readyz%s", wanted.host, server.port, ", /metrics" * wanted.metrics)
+    return server
 
-    def __init__(
-        self, settings: LineSettings, folder: StateFolder, outbox: Outbox, inspectors: dict[str, Inspector]
-    ) -> None:
-        self.settings, self.folder, self.outbox, self.inspectors = settings, folder, outbox, inspectors
-        self.attention = threading.Event()
-        self.stop_asked = threading.Event()
-        self.publisher = Publisher(settings, outbox, f"edge-dkm {__version__}")
-        self.pipeline = Pipeline(
-            settings.station, settings.cameras, inspectors, outbox, self._result_topic, self.attention.set
-        )
-        self.captures = {
-            name: Capture(name, camera, self._take, self._camera_changed) for name, camera in settings.cameras.items()
-        }
-        self.announcer = Announcer(self)
+
+class Supervisor:
+    """Looks after one line from its start to its end."""
+
+    def __init__(self, line: Line, own_process: bool) -> None:
+        self._line, self._own_process = line, own_process
+        self._stop_asked = threading.Event()
+        self._notifier = Notifier()
+        self._watchdog = Watchdog(line.restarts, {})
+        self._checked: set[str] = set()
+        self._undelivered: Problem | None = None
+        self._health_due_s = self._ping_due_s = self._dead_man_due_s = time.monotonic()
 
     def run(self, max_parts: int | None) -> LineReport:
+        """Until there is a reason to end; raises it where it is an error."""
         started_s = time.monotonic()
+        line = self._line
         with self._signals():
-            self.announcer.state("warming_up")
-            self.publisher.start()
-            self.pipeline.start()
             error: BaseException | None
             try:
-                self._declare_cut_off_parts()
-                self.announcer.everything()
-                for capture in self.captures.values():
-                    capture.start()
+                line.start()
+                self._notifier.ready()
                 error = self._watch(max_parts)
             except Exception as caught:  # noqa: BLE001 (it is raised again, after what was inspected is safe and announced)
                 error = caught
-            unfinished = self._stop_capturing()
-            error = error or unfinished
+            self._notifier.stopping()
+            self._end_in_time(error)
+            error = error or self._stop_capturing()
             drained = self._drain(error)
-        report = self._report(time.monotonic() - started_s)
+        done = report(
+            line.pipeline.tallies, list(line.pipeline.timings), line.outbox.status().rows, time.monotonic() - started_s
+        )
         if error is not None:
             raise error
-        if not drained and not self.stop_asked.is_set():
-            problem = self.publisher.status().problem or "the broker acknowledges too slowly"
+        if not drained and not self._stop_asked.is_set():
+            problem = self._undelivered
             raise BrokerError(
-                f"{report.unsent} results wait in the outbox of {self.folder.path} and go out at the next start: {problem}\n{report.text()}"
+                f"{done.unsent} results wait in the outbox of {line.folder.path} and go out at the next start: "
+                f"{problem.text if problem else 'the broker acknowledges too slowly'}\n{done.text()}",
+                problem.code if problem else "M-OFFLINE",
             )
-        return report
+        return done
 
     def _watch(self, max_parts: int | None) -> BaseException | None:
         """Until there is a reason to stop; returns the error, where that is one."""
-        health_due_s = time.monotonic()
-        checked: set[str] = set()
+        line = self._line
         while True:
-            if self.pipeline.failed is not None:
-                return self.pipeline.failed
-            error = self._framing_error(checked) or self._lost_camera()
+            if line.pipeline.failed is not None:
+                return line.pipeline.failed
+            error = self._framing_error() or self._lost_camera() or self._look()
             if error is not None:
                 return error
-            if self.stop_asked.is_set() or (max_parts is not None and self.pipeline.committed >= max_parts):
+            if self._stop_asked.is_set() or (max_parts is not None and line.pipeline.committed >= max_parts):
                 return None
-            if all(capture.ended.is_set() for capture in self.captures.values()):
+            if all(capture.ended.is_set() for capture in line.captures.values()):
                 return None
-            if time.monotonic() >= health_due_s:
-                health_due_s = time.monotonic() + HEALTH_EVERY_S
-                self.outbox.trim()
-                self.announcer.health()
-            self.announcer.state_now()
-            self.attention.wait(max(0.0, health_due_s - time.monotonic()))
-            self.attention.clear()
+            due_s = line.expire()
+            line.attention.wait(LOOK_EVERY_S if due_s is None else min(LOOK_EVERY_S, max(0.0, due_s)))
+            line.attention.clear()
 
-    def _framing_error(self, checked: set[str]) -> EdgeError | None:
+    def _look(self) -> EdgeError | None:
+        """The regular round: slow inference, stuck stages, ages, health, alarms, state, systemd."""
+        line, now_s = self._line, time.monotonic()
+        if self._own_process and now_s >= self._dead_man_due_s:
+            self._dead_man_due_s = now_s + LOOK_EVERY_S
+            end_at_latest(DEAD_MAN_S)
+        line.pipeline.interrupt_slow(line.settings.infer_timeout_s)
+        judgement = self._watchdog.judge(line.vitals.look(), now_s)
+        if now_s >= self._health_due_s:
+            self._health_due_s = now_s + HEALTH_EVERY_S
+            line.outbox.trim()
+            line.announcer.health()
+        conditions = line.conditions.look()
+        line.announcer.state_now(conditions)
+        if judgement.error is not None:
+            return judgement.error
+        if self._notifier.ping_every_s is not None and judgement.may_ping and now_s >= self._ping_due_s:
+            self._ping_due_s = now_s + self._notifier.ping_every_s
+            self._notifier.watchdog()
+            self._notifier.status(line.announcer.state_line())
+        return None
+
+    def _framing_error(self) -> EdgeError | None:
         """Once per camera, as soon as its frame size is known; info then names it."""
-        for name, capture in self.captures.items():
-            if name in checked or capture.frame_size is None:
+        line = self._line
+        for name, capture in line.captures.items():
+            if name in self._checked or capture.frame_size is None:
                 continue
-            checked.add(name)
-            problem = frame_problem(name, capture.settings, self.inspectors[name].metadata.input, capture.frame_size)
+            self._checked.add(name)
+            problem = frame_problem(name, capture.settings, line.inspectors[name].metadata.input, capture.frame_size)
             if problem is not None:
                 return UsageError(problem)
-            self.announcer.info()
+            line.announcer.info()
         return None
 
     def _lost_camera(self) -> CameraError | None:
         """A film or folder that failed will not come back; a live camera reconnects by itself."""
-        return next((capture.error for capture in self.captures.values() if capture.error is not None), None)
-
-    def _take(self, camera: str, shot: Shot) -> None:
-        self.pipeline.take(camera, shot, self.captures[camera].stands_for_part)
-
-    def _camera_changed(self, camera: str) -> None:
-        self.announcer.camera(camera)
-        self.attention.set()
-
-    def _declare_cut_off_parts(self) -> None:
-        intents = self.outbox.open_intents()
-        if intents:
-            log.warning(
-                "%d parts were cut off by the last end of this program; each gets a failed result", len(intents)
-            )
-            self.outbox.commit(
-                [restart_draft(intent, self.settings.station, self._result_topic(intent.camera)) for intent in intents]
-            )
+        return next((capture.error for capture in self._line.captures.values() if capture.error is not None), None)
 
     def _stop_capturing(self) -> BaseException | None:
         """Inspects and commits what waits; returns what went wrong with it."""
-        for capture in self.captures.values():
-            capture.stop()
-        if not self.pipeline.finish(FINISH_S):
-            return EdgeError(f"inspection made no progress for {FINISH_S:g} s; frames that waited have no result")
-        return self.pipeline.failed
+        patience_s = FINISH_ASKED_S if self._stop_asked.is_set() else FINISH_S
+        if not self._line.stop_capturing(patience_s):
+            return EdgeError(f"inspection made no progress for {patience_s:g} s; frames that waited have no result")
+        return self._line.pipeline.failed
 
     def _drain(self, error: BaseException | None) -> bool:
-        self.announcer.state("error" if error else "halted", error)
-        self.announcer.health()
-        by_hand = self.stop_asked.is_set() or error is not None
-        timeout_s = STOP_DRAIN_S if by_hand else self.settings.delivery.drain_timeout_s
-        problem = self.publisher.status().problem
-        if problem is not None and self.outbox.status().rows:
-            log.info("waiting up to %g s for delivery: %s", timeout_s, problem)
-        drained = self.publisher.wait_drained(timeout_s)
-        self.publisher.stop()
-        self.publisher.join(STOP_DRAIN_S + 2)
+        line = self._line
+        line.announcer.state("error" if error else "halted", error)
+        line.announcer.health()
+        by_hand = self._stop_asked.is_set() or error is not None
+        timeout_s = STOP_DRAIN_S if by_hand else line.settings.delivery.drain_timeout_s
+        problem = line.publisher.status().problem
+        if problem is not None and line.outbox.status().rows:
+            log.info("waiting up to %g s for delivery: %s", timeout_s, problem.text)
+        drained = line.publisher.wait_drained(timeout_s)
+        self._undelivered = line.publisher.status().problem
+        line.publisher.stop()
+        if line.publisher.is_alive():
+            line.publisher.join(GOODBYE_S)
         return drained
 
-    def _result_topic(self, camera: str) -> str:
-        return f"{self.settings.base_topic}/{camera}/result"
+    def _end_in_time(self, error: BaseException | None) -> None:
+        """An ending that hangs is ended; recorded material may take as long as inspecting and delivering it takes."""
+        if not self._own_process:
+            return
+        if self._stop_asked.is_set() or error is not None:
+            end_at_latest(END_S)
+        else:
+            cancel_end()
 
     @contextlib.contextmanager
     def _signals(self) -> Iterator[None]:
@@ -234,10 +235,10 @@ class Line:
             return
 
         def handle(number: int, frame: FrameType | None) -> None:
-            if self.stop_asked.is_set():
+            if self._stop_asked.is_set():
                 raise KeyboardInterrupt
-            self.stop_asked.set()
-            self.attention.set()
+            self._stop_asked.set()
+            self._line.attention.set()
 
         previous = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
         try:
@@ -245,33 +246,3 @@ class Line:
         finally:
             for number, handler in previous.items():
                 signal.signal(number, handler)
-
-    def _report(self, seconds: float) -> LineReport:
-        tallies = self.pipeline.tallies.values()
-        verdicts: dict[str, int] = {}
-        for tally in tallies:
-            for verdict, n in tally.verdicts.items():
-                verdicts[verdict] = verdicts.get(verdict, 0) + n
-        return LineReport(
-            sum(t.results for t in tallies),
-            sum(t.bad for t in tallies),
-            sum(sum(t.dropped.values()) for t in tallies),
-            verdicts,
-            self.outbox.status().rows,
-            seconds,
-            _latencies(list(self.pipeline.timings)),
-        )
-
-
-def _latencies(timings: list[Timings]) -> dict[str, dict[str, float]]:
-    if not timings:
-        return {}
-    columns = {
-        "infer": [t.infer for t in timings],
-        "capture to answer": [t.total for t in timings],
-        "capture to commit": [t.committed for t in timings],
-    }
-    return {
-        name: {"p50": round(float(np.percentile(v, 50)), 2), "p99": round(float(np.percentile(v, 99)), 2)}
-        for name, v in columns.items()
-    }

@@ -19,9 +19,9 @@ import numpy as np
 
 from benchmarks.table import show_table
 from configs import load_text
-from edge_dkm.mqtt import await_connack, open_link, pump
+from edge_dkm.mqtt.link import await_connack, open_link, pump
+from edge_dkm.mqtt.publisher import Publisher
 from edge_dkm.outbox import Draft, Numbers, Outbox
-from edge_dkm.publisher import Publisher
 from edge_dkm.settings import LineSettings, MqttSettings
 from tests.broker import Mosquitto
 

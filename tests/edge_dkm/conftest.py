@@ -9,10 +9,13 @@ import numpy as np
 import pytest
 
 from configs import load_text
-from edge_dkm.embedded_broker import find_mosquitto
+from edge_dkm.mqtt import delivery as delivery_module
+from edge_dkm.mqtt import publisher as publisher_module
+from edge_dkm.mqtt.embedded_broker import find_mosquitto
 from edge_dkm.settings import LineSettings
 from tests.broker import Mosquitto, Subscriber
 from tests.images import draw, write_png
+from tests.stations import Station
 
 
 @pytest.fixture
@@ -77,3 +80,22 @@ def make_line(tiny_model_path: Path, part_folder: Path, tmp_path: Path) -> Calla
         return load_text(LineSettings, "\n".join(f"{key}: {value}" for key, value in values.items()), "line.yaml")
 
     return make
+
+
+@pytest.fixture
+def start_station(
+    make_line: Callable[..., LineSettings], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[Callable[..., Station]]:
+    """Starts a station; closed at the end."""
+    monkeypatch.setattr(publisher_module, "BACKOFF_MAX_S", 0.3)
+    monkeypatch.setattr(delivery_module, "HOLD_S", 0.2)
+    stations: list[Station] = []
+
+    def make(port: int, **sections: str) -> Station:
+        stations.append(Station(make_line(port, **sections), tmp_path / f"outbox-{len(stations)}.db"))
+        return stations[-1]
+
+    yield make
+    for station in stations:
+        if station.publisher.is_alive():
+            station.close()

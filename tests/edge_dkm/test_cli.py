@@ -77,7 +77,7 @@ def test_check_looks_at_settings_model_camera_and_broker(
 ) -> None:
     assert run(["check", write_line(tmp_path / "line.yaml", make_line(mosquitto.port))]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert [line[:4] for line in lines] == ["ok  "] * 4 and "accepts us, MQTT 5" in lines[3]
+    assert {line[:4] for line in lines} == {"ok  "} and len(lines) > 4 and "MQTT 5" in lines[3]
 
 
 @pytest.mark.parametrize(
@@ -137,7 +137,7 @@ def test_check_names_what_fails_and_exits_with_its_code(
         (["bench", "/nowhere.onnx", "--size", "5"], 2, "expected WIDTHxHEIGHT"),
         (["watch", "demo", "--set", "mqtt.port=1", "--wait", "0"], 5, "cannot be reached"),
         (["recentre", "demo"], 2, "recentre is not built yet"),
-        (["outbox", "status", "demo"], 2, "outbox is not built yet"),
+        (["model", "list", "demo"], 2, "model is not built yet"),
         (["schema", "asyncapi"], 2, "invalid choice: 'asyncapi'"),
         (["verify", "m.onnx", "--device", "gpu"], 2, "no shipped device settings of that name"),
     ],

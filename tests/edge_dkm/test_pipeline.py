@@ -14,11 +14,13 @@ from devices.frame import Frame
 from devices.settings import CameraSettings
 from devices.triggers import Shot
 from edge_dkm import Inspector
+from edge_dkm.errors import StorageError
 from edge_dkm.inspector import Inspection
 from edge_dkm.message import TriggerInfo
-from edge_dkm.outbox import Outbox
-from edge_dkm.pipeline import MAX_WAITING, Pipeline, ShotBuffer, Tally
+from edge_dkm.outbox import Numbers, Outbox
+from edge_dkm.pipeline import Pipeline
 from edge_dkm.results import Case
+from edge_dkm.shot_buffer import MAX_WAITING, ShotBuffer, Tally
 from tests.images import draw
 from tests.waiting import wait_until
 
@@ -189,13 +191,12 @@ def test_a_missed_deadline_is_a_declared_failure(build: Callable[..., Pipeline],
 
 def test_a_disk_that_fails_stops_the_line_with_the_reason(build: Callable[..., Pipeline]) -> None:
     pipeline = build(top={"policy": "every"})
-    pipeline.outbox._db.execute(
-        f"PRAGMA max_page_count = {pipeline.outbox._db.execute('PRAGMA page_count').fetchone()[0]}"
-    )
-    for n in range(1, 200):
-        pipeline.take("top", shot(n), is_part=False)
-        if pipeline.failed is not None:
-            break
+
+    def fails(_: object) -> list[Numbers]:
+        raise StorageError("outbox x cannot be written: disk I/O error")
+
+    pipeline.outbox.commit = fails  # type: ignore[assignment,method-assign]
+    pipeline.take("top", shot(1), is_part=False)
     wait_until(lambda: pipeline.failed is not None)
     assert "cannot be written" in str(pipeline.failed)
 

@@ -4,6 +4,7 @@ import csv
 from pathlib import Path
 
 import cv2
+import numpy as np
 import pytest
 
 from configs import load_text
@@ -11,7 +12,7 @@ from devices.sources.synthetic import Conveyor, ConveyorOptions
 from edge_dkm.errors import UsageError
 from edge_dkm.recorder import COLUMNS, RecordOptions, record
 from edge_dkm.settings import LineSettings
-from tests.images import write_png
+from tests.images import draw, write_png
 from trainer.data import load_dataset
 from trainer.images import DataSettings, open_images
 from trainer.preprocess import PreprocessSettings
@@ -86,7 +87,7 @@ def test_a_recording_is_never_overwritten(tmp_path: Path) -> None:
 
 
 def test_of_several_cameras_one_must_be_named(tmp_path: Path) -> None:
-    write_png(tmp_path / "a" / "0.png", cv2.imread("x") if False else __import__("numpy").zeros((8, 8, 3), "uint8"))
+    write_png(tmp_path / "a" / "0.png", draw("disc", np.random.default_rng(0)))
     text = f"station: s\nmodel: m\ncameras: {{a: {{source: '{tmp_path / 'a'}', pace: max}}, b: {{source: 'usb:0'}}}}"
     with pytest.raises(UsageError, match="cameras a, b; name one with --camera"):
         record(line(text), RecordOptions(tmp_path / "rec"))

@@ -88,7 +88,7 @@ def test_status_info_state_health_and_camera_say_what_is_so(
     assert health["counters"]["top"] == {"frames": 12, "results": 12, "bad": 0, "dropped": {}} and health["last"] == {
         "top": 12
     }
-    assert set(health["stages"]) == {"cam:top", "infer", "commit", "mqtt"} and health["disk_free_mb"] > 0
+    assert set(health["stages"]) == {"cam:top", "infer", "commit", "mqtt", "commands"} and health["disk_free_mb"] > 0
     assert "online" in [m["state"] for m in subscriber.of("dkm.camera/1")]
     retained = {payload["schema"] for _, payload, is_retained in subscribe(mosquitto.port).messages if is_retained}
     assert retained <= {"dkm.status/1", "dkm.info/1", "dkm.state/1", "dkm.camera/1"}

@@ -38,9 +38,13 @@ def test_isa_95_levels_stand_before_the_station_in_order() -> None:
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
-        (MINIMAL + "delivery: {mode: e2e}", "line.yaml:4 delivery.mode is e2e, e2e is not built yet, expected journal"),
-        (MINIMAL + "delivery: {order: live_first}", "live_first is not built yet"),
-        (MINIMAL + "delivery: {limit: block}", "block is not built yet"),
+        (MINIMAL + "delivery: {mode: e2e, order: live_first}", "mode e2e needs order: strict"),
+        (
+            "station: st4\nmodel: m.onnx\ncameras: {cmd: {source: x}}",
+            "cameras.cmd is not a usable name, expected a name other than",
+        ),
+        (MINIMAL + "mqtt: {host: a..b}", "expected a host name or an IP address"),
+        (MINIMAL + "health: {host: 'a b'}", "expected a host name or an IP address"),
         (MINIMAL + "parts: {join: trigger_id}", "line.yaml:4 parts is {join: trigger_id}, it is not built yet"),
         (MINIMAL + "recipes: {A17: a17.onnx}", "it is not built yet"),
         (
@@ -100,5 +104,5 @@ def test_the_state_folder_is_a_path() -> None:
 def test_a_region_outside_the_roi_is_named_without_a_dump_of_the_camera() -> None:
     camera = "{source: 'usb:0', roi: [160, 55, 160, 160], trigger: {kind: part_present, region: [1, 1, 3, 3]}}"
     assert problem(f"station: st4\nmodel: m.onnx\ncameras:\n  top: {camera}") == (
-        "line.yaml:4 cameras.top: trigger.region [1, 1, 3, 3] does not lie inside roi [160, 55, 160, 160] (both in frame pixels)"
+        "CFG-VALUE line.yaml:4 cameras.top: trigger.region [1, 1, 3, 3] does not lie inside roi [160, 55, 160, 160] (both in frame pixels)"
     )
