@@ -14,11 +14,12 @@ from collections import Counter, deque
 from dataclasses import dataclass, field
 from typing import Literal
 
-from edge_dkm.errors import BrokerError
+from edge_dkm.errors import BrokerError, StorageError
 from edge_dkm.mqtt.link import PACKET_MARGIN_BYTES, Link, TooLargeError, publish, refusal, refusal_code
 from edge_dkm.outbox import Outbox, Row
 
 ACK_TIMEOUT_S = 5.0
+MARK_ROWS, MARK_AFTER_S = 64, 0.25  # accepted rows are noted when so many, or so old
 HOLD_S = 5.0  # before a refused topic is tried again
 IDLE_S = 1.0  # longest wait between two looks at the keepalive
 E2E_WINDOW = 500  # rows that the consumer has not acknowledged; below a broker's usual queue of 1,000
@@ -102,6 +103,8 @@ class Flight:
     ) -> None:
         self._outbox, self._replays, self._codes = outbox, replays, codes
         self._sent: dict[int, _Sent] = {}  # mid -> what was published
+        self._accepted: list[int] = []  # rows that the broker took, to be noted soon
+        self._accepted_s = 0.0  # since when
         self._backlog_upto = outbox.last_seq if live_first else 0
         self._backlog_after = 0
         self._after_seq = self._backlog_upto
@@ -133,6 +136,8 @@ class Flight:
             due.append(self._all_held_until_s - now_s)
         if self._end_to_end is not None:
             due.append(self._end_to_end.due_s())
+        if self._accepted:
+            due.append(max(0.0, self._mark_due_s()))
         return min(due)
 
     def fill(self, link: Link) -> None:
@@ -164,11 +169,23 @@ class Flight:
             else:
                 self._refused(sent, code)
         self._delivered(done)
+        if len(self._accepted) >= MARK_ROWS or (self._accepted and self._mark_due_s() <= 0):
+            self._mark()
         if link.oldest_s() > ACK_TIMEOUT_S:  # of anything: what was announced takes room in the window, too
             raise BrokerError(
                 f"the broker has not acknowledged for {ACK_TIMEOUT_S:g} s; connecting anew", "M-NO-PUBACK"
             )
         self._look_for_silence()
+
+    def _mark_due_s(self) -> float:
+        return self._accepted_s + MARK_AFTER_S - time.monotonic()
+
+    def _mark(self) -> None:
+        """Notes accepted rows, many in one transaction: each costs the disk a flush, and after a crash they merely go out once more."""
+        accepted, self._accepted = self._accepted, []
+        if accepted:
+            self._outbox.mark_sent(accepted)
+            self.acknowledged += len(accepted)
 
     def consumer_acknowledged(self, epoch: str, upto: int) -> None:
         """`dkm.ack/1` came; outside of mode e2e it means nothing."""
@@ -180,7 +197,9 @@ class Flight:
             self._problems.pop("")
 
     def abandon(self) -> None:
-        """The connection is gone: what of a replay was not acknowledged is asked for again on the next one."""
+        """The connection is gone: what was accepted is noted, and what of a replay was not is asked for again on the next one."""
+        with contextlib.suppress(StorageError):  # reported by whoever writes next; the rows go out once more
+            self._mark()
         for sent in self._sent.values():
             if sent.replay is not None and sent.row.cseq is not None:
                 sent.replay.first = min(sent.replay.first, sent.row.cseq)
@@ -303,9 +322,10 @@ class Flight:
     def _delivered(self, done: list[_Sent]) -> None:
         if not done:
             return
-        self._outbox.mark_sent([sent.row.seq for sent in done if sent.replay is None])
         if self._end_to_end is None:
-            self.acknowledged += sum(sent.replay is None for sent in done)
+            if not self._accepted:
+                self._accepted_s = time.monotonic()
+            self._accepted += [sent.row.seq for sent in done if sent.replay is None]
         self._probing_all = False
         self._proven.update(sent.row.camera for sent in done if sent.replay is None)
         for camera in {sent.row.camera for sent in done if sent.is_probe}:
@@ -329,6 +349,7 @@ class Flight:
             self._replays.remove(replay)
 
     def _hold(self, row: Row, problem: Problem) -> None:
+        self._mark()  # what was accepted behind the row is not sent again
         until_s = time.monotonic() + HOLD_S
         if not self._waits_for_all:
             before = self._holds.get(row.camera)
