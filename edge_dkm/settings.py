@@ -110,6 +110,9 @@ class DeliverySettings(Settings):
     max_mb: float = Field(512, gt=0, le=1_000_000)
     max_age_h: float = Field(168, gt=0, le=MAX_HOURS)
     keep_h: float = Field(72, ge=0, le=MAX_HOURS)
+    history_per_s: float = Field(
+        500, ge=1, le=100_000, description="pace of the backlog with live_first: below what the slowest consumer takes"
+    )
     drain_timeout_s: float = Field(
         30, ge=0, le=86_400, description="how long to wait for the broker when a film or folder has ended"
     )

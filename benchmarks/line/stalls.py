@@ -221,6 +221,10 @@ class Injection:
         self.proxy.heal()
         self.camera.mode = "ok"
         self._signal_broker(signal.SIGCONT)
+        if self.kind == BROKER_STOPPED:  # the consumer, too, has given it up and comes back
+            gone, self.subscriber = self.subscriber, Subscriber(self.broker.port)
+            self.subscriber.messages[:0] = gone.messages
+            gone.close()
 
     def _back(self, station: RealStation) -> float | None:
         """Seconds until five new results have come; None where the process ended or it took too long."""

@@ -11,11 +11,12 @@ import json
 import logging
 import time
 from collections import Counter, deque
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Literal
 
 from edge_dkm.errors import BrokerError, StorageError
 from edge_dkm.mqtt.link import PACKET_MARGIN_BYTES, Link, TooLargeError, publish, refusal, refusal_code
+from edge_dkm.mqtt.pacing import Pace, Silence
 from edge_dkm.outbox import Outbox, Row
 
 ACK_TIMEOUT_S = 5.0
@@ -23,7 +24,6 @@ MARK_ROWS, MARK_AFTER_S = 64, 0.25  # accepted rows are noted when so many, or s
 HOLD_S = 5.0  # before a refused topic is tried again
 IDLE_S = 1.0  # longest wait between two looks at the keepalive
 E2E_WINDOW = 500  # rows that the consumer has not acknowledged; below a broker's usual queue of 1,000
-E2E_STALL_FIRST_S, E2E_STALL_MAX_S = 1.5, 30.0
 
 log = logging.getLogger(__name__)
 Mode = Literal["puback", "journal", "e2e"]
@@ -64,55 +64,29 @@ class _Sent:
     is_probe: bool = False
 
 
-@dataclass
-class _EndToEnd:
-    """Rows that were sent and that the consumer has not acknowledged, in order; silence makes us send them again."""
-
-    waiting: deque[int] = field(default_factory=deque)
-    heard_s: float = field(default_factory=time.monotonic)
-    patience_s: float = E2E_STALL_FIRST_S
-
-    def acknowledged(self, upto: int) -> bool:
-        """Whether that was news; a consumer that repeats itself is as stuck as a silent one."""
-        before = len(self.waiting)
-        while self.waiting and self.waiting[0] <= upto:
-            self.waiting.popleft()
-        if len(self.waiting) == before:
-            return False
-        self.heard_s, self.patience_s = time.monotonic(), E2E_STALL_FIRST_S
-        return True
-
-    def due_s(self) -> float:
-        """Seconds until the silence is too long."""
-        return max(0.0, self.heard_s + self.patience_s - time.monotonic()) if self.waiting else IDLE_S
-
-    def rewind(self) -> None:
-        self.waiting.clear()
-        self.heard_s, self.patience_s = time.monotonic(), min(2 * self.patience_s, E2E_STALL_MAX_S)
-
-
 class Flight:
     """The rows under way on one connection.
 
-    `live_first`: what was committed before the connection is backlog; it goes to `<camera>/history`, marked historical, in the room
-    that new rows leave.
+    `history_per_s` (order live_first): what was committed before the connection is backlog; it goes to `<camera>/history`, marked
+    historical, at that pace and in the room that new rows leave. None: all in one order.
     """
 
     def __init__(
-        self, outbox: Outbox, mode: Mode, live_first: bool, replays: deque[Replay], codes: Counter[int]
+        self, outbox: Outbox, mode: Mode, history_per_s: float | None, replays: deque[Replay], codes: Counter[int]
     ) -> None:
         self._outbox, self._replays, self._codes = outbox, replays, codes
         self._sent: dict[int, _Sent] = {}  # mid -> what was published
         self._accepted: list[int] = []  # rows that the broker took, to be noted soon
         self._accepted_s = 0.0  # since when
-        self._backlog_upto = outbox.last_seq if live_first else 0
+        self._backlog_upto = outbox.last_seq if history_per_s is not None else 0
+        self._pace = Pace(history_per_s or 1.0)
         self._backlog_after = 0
         self._after_seq = self._backlog_upto
         self._holds: dict[str, _Hold] = {}
         self._proven: set[str] = set()  # cameras of which a row was accepted on this connection
         self._problems: dict[str, Problem] = {}  # camera -> why it is held; "" for the whole connection
         self._all_held_until_s = 0.0
-        self._end_to_end = _EndToEnd() if mode == "e2e" else None
+        self._end_to_end = Silence() if mode == "e2e" else None
         # A window that is half refused comes out of order: the first row alone finds out whether somebody listens.
         self._probing_all = self._waits_for_all
         self.acknowledged = 0
@@ -138,6 +112,8 @@ class Flight:
             due.append(self._end_to_end.due_s())
         if self._accepted:
             due.append(max(0.0, self._mark_due_s()))
+        if self._backlog_after < self._backlog_upto:
+            due.append(self._pace.due_s())
         return min(due)
 
     def fill(self, link: Link) -> None:
@@ -267,20 +243,21 @@ class Flight:
 
     def _backlog(self, link: Link) -> None:
         """Half the window at most, so that a new row never waits for old ones."""
-        room = min(self._room(link), link.window // 2 - len(self._sent))
+        room = min(self._room(link), max(1, link.window // 2) - len(self._sent), self._pace.room())
         if room <= 0:
             return
         rows = [row for row in self._outbox.unsent(self._backlog_after, room) if row.seq <= self._backlog_upto]
         for row in rows:
             if not self._send(link, _as_history(row)):
                 return
+            self._pace.spend()
             self._backlog_after = row.seq
         if not rows:
             self._backlog_after = self._backlog_upto
 
     def _replay(self, link: Link) -> None:
         """What a consumer asked for again, in the room that is left; a run that is no longer kept is declared in the stream."""
-        while self._replays and (room := min(self._room(link), link.window // 2 - len(self._sent))) > 0:
+        while self._replays and (room := min(self._room(link), max(1, link.window // 2) - len(self._sent))) > 0:
             request = self._replays[0]
             pieces = self._outbox.kept(request.camera, request.epoch, request.first, request.last, room)
             for piece in pieces:
@@ -368,7 +345,7 @@ class Flight:
         silence = self._end_to_end
         if silence is None or silence.due_s() > 0:
             return
-        if silence.patience_s > E2E_STALL_FIRST_S:
+        if silence.is_lasting:
             self._problems[""] = Problem(
                 "M-NO-ACK",
                 f"no consumer acknowledges: {len(silence.waiting)} results were sent and are kept; is it running?",

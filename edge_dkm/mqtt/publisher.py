@@ -197,7 +197,8 @@ class Publisher(threading.Thread):
 
     def _deliver(self, link: Link, session: int, subscription: int | None) -> None:
         delivery = self.settings.delivery
-        flight = Flight(self.outbox, delivery.mode, delivery.order == "live_first", self._replays, self.codes)
+        history_per_s = delivery.history_per_s if delivery.order == "live_first" else None
+        flight = Flight(self.outbox, delivery.mode, history_per_s, self._replays, self.codes)
         denied: Problem | None = None
         status = self.status()
         before = status.acknowledged

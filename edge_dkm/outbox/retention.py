@@ -11,6 +11,7 @@ from typing import Literal
 
 from edge_dkm.clock import rfc3339, utc_now
 from edge_dkm.message import Gap
+from edge_dkm.outbox.file import WAL_BYTES
 from edge_dkm.outbox.row import Row, as_bytes, row_crc
 from edge_dkm.outbox.table import ROW_BYTES, Table
 
@@ -18,13 +19,14 @@ log = logging.getLogger(__name__)
 GapReason = Literal["drop_oldest", "drop_newest", "age", "row_corrupt", "disk_full"]
 Policy = Literal["drop_oldest", "block", "drop_newest"]
 AT_ONCE = 64
+FIXED_BYTES = 4 * WAL_BYTES  # the WAL, the ballast of twice its size, and as much to spare
 
 
 @dataclass(frozen=True)
 class Limits:
     """What the outbox may hold. Acknowledged rows are kept `keep_h` and go first; what happens then is `policy`'s.
 
-    `max_bytes` counts bodies and about what a row takes besides. `max_age_h` drops and declares, except with policy `block`.
+    `max_bytes` is for the files: bodies and about what a row takes besides, WAL and ballast. `max_age_h` drops and declares, except with policy `block`.
     """
 
     max_rows: int = 1_000_000
@@ -32,6 +34,11 @@ class Limits:
     max_age_h: float = 168
     keep_h: float = 72
     policy: Policy = "drop_oldest"
+
+    @property
+    def row_bytes(self) -> int:
+        """What is left for rows once WAL and ballast have theirs; a limit that is hardly more than those is for the rows alone."""
+        return self.max_bytes - FIXED_BYTES if self.max_bytes > 4 * FIXED_BYTES else self.max_bytes
 
 
 class Retention:
@@ -47,7 +54,7 @@ class Retention:
         counts, limits = self.table.counts, self.limits
         return (
             sum(counts.rows) + rows > limits.max_rows
-            or counts.disk_bytes + body_bytes + ROW_BYTES * rows > limits.max_bytes
+            or counts.disk_bytes + body_bytes + ROW_BYTES * rows > limits.row_bytes
         )
 
     def clear_sent(self, rows: int = 0, body_bytes: int = 0) -> bool:

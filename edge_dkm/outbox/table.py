@@ -15,7 +15,7 @@ from edge_dkm import clock
 from edge_dkm.outbox.file import Database
 from edge_dkm.outbox.row import Row, row_crc
 
-ROW_BYTES = 160  # what a row takes on the disk besides its body, about
+ROW_BYTES = 200  # what a row takes on the disk besides its body, about
 AT_ONCE = 500
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from edge_dkm.mqtt import delivery as delivery_module
+from edge_dkm.mqtt import pacing
 from edge_dkm.mqtt.delivery import Replay
 from edge_dkm.mqtt.link import Link, await_connack, open_link, publish, pump
 from edge_dkm.settings import MqttSettings
@@ -80,7 +81,7 @@ def test_puback_mode_keeps_nothing(mosquitto: Mosquitto, subscribe: Subscribe, s
 def test_a_silent_consumer_gets_everything_again_in_order_and_is_reported(
     mosquitto: Mosquitto, subscribe: Subscribe, start_station: Start, mes: Link, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(delivery_module, "E2E_STALL_FIRST_S", 0.2)
+    monkeypatch.setattr(pacing, "SILENCE_FIRST_S", 0.2)
     subscriber = subscribe(mosquitto.port, "dkm/v1/st1/top/result")
     station = start_station(mosquitto.port, delivery=E2E)
     station.commit(1, 4)
@@ -97,7 +98,7 @@ def test_a_silent_consumer_gets_everything_again_in_order_and_is_reported(
 def test_a_consumer_that_repeats_an_old_word_is_as_silent_as_one_that_says_nothing(
     mosquitto: Mosquitto, subscribe: Subscribe, start_station: Start, mes: Link, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(delivery_module, "E2E_STALL_FIRST_S", 0.3)
+    monkeypatch.setattr(pacing, "SILENCE_FIRST_S", 0.3)
     subscriber = subscribe(mosquitto.port, "dkm/v1/st1/top/result")
     station = start_station(mosquitto.port, delivery=E2E)
     station.commit(1, 3)
@@ -143,7 +144,7 @@ def test_with_live_first_new_results_do_not_wait_for_old_ones(
     mosquitto: Mosquitto, subscribe: Subscribe, start_station: Start
 ) -> None:
     mosquitto.kill()
-    station = start_station(mosquitto.port, delivery="{order: live_first}")
+    station = start_station(mosquitto.port, delivery="{order: live_first, history_per_s: 200}")
     station.commit(1, 300)
     wait_until(lambda: station.problem != "")
     mosquitto.start()
