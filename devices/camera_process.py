@@ -25,6 +25,7 @@ from devices.observation import Observation, build_trigger, observe
 from devices.ring import RingFiles, RingWriter
 from devices.settings import CameraSettings
 from devices.sources import Source, is_live, mask, open_source
+from devices.sources.decoder_words import WORDS
 from devices.triggers import Shot, Trigger
 
 MESSAGE_BYTES = 1 << 16
@@ -221,6 +222,7 @@ def main(arguments: list[str]) -> None:
     # From here on errors go through the socket; decoders would fill standard error, and print addresses with passwords.
     with open(os.devnull, "w") as nowhere:  # noqa: PTH123
         os.dup2(nowhere.fileno(), sys.stderr.fileno())
+    WORDS.allow()
     process.run()
     os._exit(0)  # drivers' threads are not waited for
 

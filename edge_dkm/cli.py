@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import os
 import re
 import sys
 from collections.abc import Iterable, Sequence
@@ -23,6 +24,9 @@ SCHEMAS = ("config", "result", "gap", "status", "info", "state", "health", "came
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point; returns the exit code."""
+    os.environ.setdefault(
+        "OPENCV_IO_MAX_IMAGE_PIXELS", "100000000"
+    )  # before cv2 is loaded; camera processes have it too
     parser = Parser(
         prog="edge-dkm", description="Inspect parts with an exported model and publish every result over MQTT."
     )

@@ -5,12 +5,16 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from datetime import datetime
 from typing import TYPE_CHECKING
+
+from edge_dkm.clock import rfc3339, utc_now
 
 if TYPE_CHECKING:
     from edge_dkm.line import Line
 
 MIN_FREE_MB = 50
+MIN_YEAR = 2025  # an earlier time is that of a clock without a battery
 DROPS_SHOW_S = 60.0  # how long an alarm about drops stays after the last one
 
 
@@ -36,7 +40,7 @@ class Conditions:
 
     def look(self) -> list[Condition]:
         """What holds now, the gravest first; alarms are raised and cleared."""
-        found = [*self._storage(), *self._delivery(), *self._cameras(), *self._outputs()]
+        found = [*self._storage(), *clock_condition(utc_now()), *self._delivery(), *self._cameras(), *self._outputs()]
         now = {(condition.alarm, condition.camera) for condition in found}
         for code, camera in self._raised - now:
             self._line.alarms.clear(code, camera)
@@ -91,3 +95,10 @@ class Conditions:
             status = output.status()
             if status.code is not None:
                 yield Condition("O-OUTPUT", status.code, status.problem or "", name)
+
+
+def clock_condition(now: datetime) -> Iterator[Condition]:
+    """A clock that was never set: results carry its time, and certificates seem not yet valid."""
+    if now.year < MIN_YEAR:
+        text = f"this device's clock says {rfc3339(now)}: results carry that time; set it, or let it synchronise"
+        yield Condition("S-CLOCK", "S-CLOCK", text)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -37,6 +38,9 @@ log = logging.getLogger(__name__)
 
 Frame = NDArray[np.uint8]
 Outputs = dict[str, NDArray[np.generic]]
+_PLACE = re.compile(
+    r"/onnxruntime_src/\S+ .*?\) (?=[A-Z])"
+)  # where in its source; hides the reason in the first 300 characters
 FETCHED = ("cluster_id", "distance", "novelty_score", "p_value", "is_novel", "distances")
 
 
@@ -265,12 +269,18 @@ def _open_session(file: ModelFile, runtime: Runtime) -> ort.InferenceSession:
     options.log_severity_level = 3  # a warning per overridable initialiser would bury everything else
     options.intra_op_num_threads = runtime.threads
     options.inter_op_num_threads = 1
+    # The digest covers this file alone: weights beside it, or in the working directory, are never read.
+    options.add_session_config_entry("session.model_external_initializers_file_folder_path", "/nonexistent")
     options.add_session_config_entry("session.intra_op.allow_spinning", "1" if runtime.spinning else "0")
     try:
         session = ort.InferenceSession(
             file.data, options, providers=[(p, dict(runtime.options.get(p, {}))) for p in wanted]
         )
     except Exception as error:  # onnxruntime raises many types for a file that is no model
+        if "xternal data" in str(error):
+            raise ModelError(
+                f"{file.name} keeps its weights in other files (external data), expected one file; write it again with dkm-export"
+            ) from error
         raise ModelError(
             f"{file.name} ({len(file.data)} bytes) cannot be loaded as an ONNX model: {_first_line(error)}"
         ) from error
@@ -303,4 +313,4 @@ def _default_threshold(metadata: Metadata) -> float:
 
 def _first_line(error: BaseException) -> str:
     text = str(error).strip() or type(error).__name__
-    return text.splitlines()[0][:300]
+    return _PLACE.sub("", text.splitlines()[0])[:300]

@@ -60,7 +60,7 @@ def read_model(model: str | Path | bytes) -> ModelFile:
 
 
 def _refuse_lookalikes(path: Path, data: bytes) -> None:
-    start = data[:512].lstrip().lower()
+    start = data[:512].removeprefix(b"\xef\xbb\xbf").lstrip().lower()
     if not data:
         raise ModelError(f"{path} is empty, expected an ONNX model")
     if start.startswith(b"version https://git-lfs"):

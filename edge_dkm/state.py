@@ -30,21 +30,21 @@ class StateFolder:
             _make_room(path / LOCK)
             self._file = os.open(path / LOCK, os.O_RDWR | os.O_CREAT, 0o600)
         except OSError as error:
-            raise StorageError(f"state folder {path} cannot be used: {error.strerror or error}") from None
+            raise StorageError(f"S-IO state folder {path} cannot be used: {error.strerror or error}") from None
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             holder = os.read(self._file, 20).decode("ascii", "replace").strip()
             os.close(self._file)
             raise LockedError(
-                f"state folder {path} is held by process {holder or '?'}; stop it, or give this line a state folder of its own"
+                f"S-LOCKED state folder {path} is held by process {holder or '?'}; stop it, or give this line a state folder of its own"
             ) from None
         try:
             os.ftruncate(self._file, 0)
             os.write(self._file, f"{os.getpid()}\n".encode())
         except OSError as error:
             os.close(self._file)
-            raise StorageError(f"state folder {path} cannot be written: {error.strerror or error}") from None
+            raise StorageError(f"S-IO state folder {path} cannot be written: {error.strerror or error}") from None
 
     @property
     def outbox(self) -> Path:

@@ -210,9 +210,9 @@ def live_first(results: int) -> tuple[Row, list[object]]:
             body = json.loads(line["payload"])
             if body.get("schema") != "dkm.result/1":
                 continue
-            if body["made_s"] >= started_s:
+            if body["made_s"] >= started_s and not body["historical"]:  # made before the connection stood: backlog
                 ages.append(line["at_s"] - body["made_s"])
-            elif not body["historical"]:
+            elif body["made_s"] < started_s and not body["historical"]:
                 verdict.unknown.append(f"{body['result_id']} is backlog and not marked so")
             else:
                 drained_s = max(drained_s, line["at_s"])

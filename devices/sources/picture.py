@@ -7,6 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from devices.frame import Frame
+from devices.sources.decoder_words import WORDS
 
 JPEG_START, JPEG_END = b"\xff\xd8", b"\xff\xd9"
 TAIL_BYTES = 64  # cameras pad behind the end mark
@@ -20,6 +21,7 @@ def decode_picture(data: bytes, where: str, index: int, *, check_damage: bool = 
         return Frame.faulty("F-DECODE", f"{where}: empty (0 bytes)", index)
     is_jpeg = data.startswith(JPEG_START)
     is_cut = is_jpeg and JPEG_END not in data[-TAIL_BYTES:]
+    WORDS.clear()
     try:
         image = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR | cv2.IMREAD_ANYDEPTH)
     except cv2.error as error:
@@ -32,7 +34,10 @@ def decode_picture(data: bytes, where: str, index: int, *, check_damage: bool = 
     if image.dtype != np.uint8:
         return Frame.faulty("F-DECODE", f"{where}: {image.dtype} pixels, expected 8 bits per channel", index)
     picture = np.asarray(image, np.uint8)
+    complaint = WORDS.take() if is_jpeg else None
     if is_jpeg and check_damage:
+        if complaint is not None:
+            return Frame.faulty("F-DAMAGED", f"{where}: the picture is damaged ({complaint})", index)
         rows = filled_rows(picture)
         if is_cut or rows >= MIN_FILLED_ROWS:
             detail = f"{rows} of {len(picture)} rows were filled in" if rows else "its end mark is missing"

@@ -104,7 +104,7 @@ class OutboxFile:
             self.db = self._open_or_replace()
         except (sqlite3.Error, OSError, _DamagedError) as error:
             raise StorageError(
-                f"outbox {path} cannot be used: {error}; its folder must be writable, have room, and no other program may hold the file"
+                f"S-IO outbox {path} cannot be used: {error}; its folder must be writable, have room, and no other program may hold the file"
             ) from None
 
     def _open_or_replace(self) -> Database:
@@ -126,6 +126,7 @@ class OutboxFile:
     def _open(self) -> Database:
         if self.path.is_dir():
             raise _DamagedError("it is a folder")
+        self._check_rights()
         wal = _side(self.path, "-wal")
         if _size(self.path) == 0 and _size(wal) > 0:  # SQLite would take it for a new one and delete its WAL
             raise _DamagedError(
@@ -151,6 +152,16 @@ class OutboxFile:
                 db.close()
             raise
         return db
+
+    def _check_rights(self) -> None:
+        """A file of another user (a backup that root put back) is not damaged: it must not be moved away with what waits in it."""
+        for side in (_side(self.path, suffix) for suffix in SIDE_FILES):
+            if side.is_file() and not os.access(side, os.R_OK | os.W_OK, effective_ids=True):
+                owner, mode = side.stat().st_uid, side.stat().st_mode & 0o777
+                raise StorageError(
+                    f"S-IO outbox {side} may not be read and written by user {os.geteuid()} (its owner is {owner}, its mode {mode:o}); "
+                    "give it back to the user that runs the station (chown)"
+                )
 
     def _check_version(self, db: Database, version: int) -> None:
         if version == 0 and db.execute("SELECT COUNT(*) FROM sqlite_master").fetchone()[0]:
@@ -266,7 +277,7 @@ class OutboxFile:
             raise StorageError(self._failed)
 
     def _judged(self, error: sqlite3.Error, what: str) -> StorageError:
-        message = f"outbox {self.path} cannot be {what}: {error}"
+        message = f"S-IO outbox {self.path} cannot be {what}: {error}"
         if _code(error) == sqlite3.SQLITE_FULL:
             return DiskFullError(message)
         if _code(error) in DOUBTFUL:

@@ -112,7 +112,7 @@ def test_a_line_whose_clock_jumps_loses_nothing_and_takes_nothing_for_stuck_or_o
             "online",
             "stopped",
         ]  # no time-out, no second connection
-        assert {m["code"] for m in subscriber.of("dkm.alarm/1")} <= {"M-NO-CONSUMER"}
+        assert {m["code"] for m in subscriber.of("dkm.alarm/1")} <= {"M-NO-CONSUMER", "S-CLOCK"}
         health = subscriber.of("dkm.health/1")
         assert health and "stuck" not in {stage["state"] for m in health for stage in m["stages"].values()}
         assert "restart" not in station.log() and "stuck" not in station.log()
