@@ -20,7 +20,7 @@ from edge_dkm.mqtt.pacing import Pace, Silence
 from edge_dkm.outbox import Outbox, Row
 
 ACK_TIMEOUT_S = 5.0
-MARK_ROWS, MARK_AFTER_S = 64, 0.25  # accepted rows are noted when so many, or so old
+MARK_ROWS, MARK_AFTER_S, MARK_LATEST_S = 64, 0.2, 0.4  # accepted rows are noted when so many, or so old
 HOLD_S = 5.0  # before a refused topic is tried again
 IDLE_S = 1.0  # longest wait between two looks at the keepalive
 E2E_WINDOW = 500  # rows that the consumer has not acknowledged; below a broker's usual queue of 1,000
@@ -111,7 +111,7 @@ class Flight:
         if self._end_to_end is not None:
             due.append(self._end_to_end.due_s())
         if self._accepted:
-            due.append(max(0.0, self._mark_due_s()))
+            due.append(max(0.0, self._accepted_s + MARK_LATEST_S - now_s))
         if self._backlog_after < self._backlog_upto:
             due.append(self._pace.due_s())
         return min(due)
@@ -145,16 +145,20 @@ class Flight:
             else:
                 self._refused(sent, code)
         self._delivered(done)
-        if len(self._accepted) >= MARK_ROWS or (self._accepted and self._mark_due_s() <= 0):
-            self._mark()
+        self._mark_in_time(bool(done))
         if link.oldest_s() > ACK_TIMEOUT_S:  # of anything: what was announced takes room in the window, too
             raise BrokerError(
                 f"the broker has not acknowledged for {ACK_TIMEOUT_S:g} s; connecting anew", "M-NO-PUBACK"
             )
         self._look_for_silence()
 
-    def _mark_due_s(self) -> float:
-        return self._accepted_s + MARK_AFTER_S - time.monotonic()
+    def _mark_in_time(self, just_accepted: bool) -> None:
+        """Best right behind an acknowledgement: a flush to disk that began when the next result comes would hold that up."""
+        if not self._accepted:
+            return
+        age_s = time.monotonic() - self._accepted_s
+        if len(self._accepted) >= MARK_ROWS or age_s >= (MARK_AFTER_S if just_accepted else MARK_LATEST_S):
+            self._mark()
 
     def _mark(self) -> None:
         """Notes accepted rows, many in one transaction: each costs the disk a flush, and after a crash they merely go out once more."""
