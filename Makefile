@@ -13,7 +13,7 @@ $(READY): pyproject.toml constraints.txt scripts/setup
 
 # One thread: tiny tensors gain nothing from more, and on a busy machine threads that spin wait for each other (measured 11 min against 7).
 test: $(READY)          ## default tests: under five minutes on two cores, no GPU, no network
-	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(PYTHON) -m pytest -n 2 --dist worksteal
+	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(PYTHON) -m pytest -n 3 --dist worksteal
 
 slow: $(READY)          ## tests on the real image sets of ../shared/data, where they are there
 	$(PYTHON) -m pytest -m slow --timeout 3600

@@ -32,6 +32,7 @@ MESSAGE_BYTES = 1 << 16
 PROGRESS_EVERY_S = 0.2
 BURST_S = 0.05
 BAD_AFTER = 5  # faulty frames in a row make a camera bad
+GOOD_AFTER = 5  # frames in a row without a fault make it good again: one of six is no recovery
 MAX_TEXT = 2000
 PR_SET_PDEATHSIG = 1
 
@@ -52,6 +53,7 @@ class CameraProcess:
         self._source: Source | None = None
         self._frames = self._skipped = 0
         self._faulty_in_a_row: list[Fault] = []
+        self._good_in_a_row = 0
         self._told_s, self._seen_s = 0.0, 0.0
         self._told_fault = self._is_skipping = False
 
@@ -79,7 +81,7 @@ class CameraProcess:
             self._open_again.clear()
 
     def _stream(self) -> None:
-        self._faulty_in_a_row, self._told_fault = [], False
+        self._faulty_in_a_row, self._good_in_a_row, self._told_fault = [], 0, False
         self._source = open_source(self._settings)
         if self._stopping.is_set():
             return
@@ -102,15 +104,19 @@ class CameraProcess:
         self._seen_s = frame.mono_s
         had_size = self._size is not None
         if frame.fault is None:
-            self._faulty_in_a_row = []
+            self._good_in_a_row += 1
+            if not self._is_bad or self._good_in_a_row >= GOOD_AFTER:
+                self._faulty_in_a_row = []
             if self._size is not None and observation.full_size != self._size:
                 raise CameraError(
                     "C-CHANGED",
                     f"frames were {_text(self._size)} and are now {_text(observation.full_size)}; another camera or mode?",
                 )
             self._size = observation.full_size
-        elif len(self._faulty_in_a_row) < BAD_AFTER:
-            self._faulty_in_a_row.append(frame.fault)
+        else:
+            self._good_in_a_row = 0
+            if len(self._faulty_in_a_row) < BAD_AFTER:
+                self._faulty_in_a_row.append(frame.fault)
         is_news = is_first or self._is_bad != self._told_fault or had_size != (self._size is not None)
         if is_news or time.monotonic() - self._told_s >= PROGRESS_EVERY_S:
             self._tell_progress(event="progress")

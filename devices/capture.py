@@ -93,6 +93,7 @@ class Capture(threading.Thread):
         self._detail: str | None = None
         self._frames = self._frames_before = self._skipped = self._reconnects = self._children = 0
         self._last_frame_s: float | None = None
+        self._handed_over_s = float("-inf")
         self._window: tuple[float, int] = (time.monotonic(), 0)
         self._fps = 0.0
 
@@ -105,6 +106,11 @@ class Capture(threading.Thread):
     def is_handing_over(self) -> bool:
         """Whether whoever takes the shots is taking one now, or makes it wait."""
         return self._is_emitting
+
+    @property
+    def handed_over_age_s(self) -> float:
+        """Since the last shot was taken; infinite before the first."""
+        return time.monotonic() - self._handed_over_s
 
     @property
     def is_live(self) -> bool:
@@ -274,6 +280,7 @@ class Capture(threading.Thread):
             self._emit(self.camera, shot)
         finally:
             self._is_emitting = False
+            self._handed_over_s = time.monotonic()
 
     def _heed(self, child: Child, message: dict[str, Any]) -> None:
         """Takes over what a message says about frames; those of `progress` make the camera online, or bad."""

@@ -57,6 +57,7 @@ class Stage:
         state: StageState = "ok" if waiting or age_s < 1.0 else "idle"
         if self._excuse() is not None:
             state = "degraded"
+            self._idle_seen_s = time.monotonic()  # when the cause is gone, its time begins anew
         elif waiting and waits_s > self.stuck_s:
             state = "stuck"
         return StageHealth(state=state, count=count, age_s=round(age_s, 3))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from devices.capture import Capture
@@ -22,7 +22,7 @@ from edge_dkm.decision import Policy
 from edge_dkm.health import STUCK_S
 from edge_dkm.inspector import Inspector
 from edge_dkm.mqtt.publisher import Publisher
-from edge_dkm.outbox import Outbox
+from edge_dkm.outbox import Draft, Outbox
 from edge_dkm.part_observer import PartObserver
 from edge_dkm.pipeline import Pipeline
 from edge_dkm.reject import RejectOutput
@@ -57,7 +57,9 @@ class Line:
         self.alarms = Alarms(settings.base_topic, self.publisher.announce, folder.path / "alarms.json")
         self.restarts = RestartCounts(folder.path)
         self.live = LiveControl(self._facts(), outbox.recall(KEY), self._live_changed)
-        self.commands = Commands(settings.base_topic, line_handlers(self), outbox, self.publisher.say)
+        self.commands = Commands(
+            settings.base_topic, line_handlers(self), outbox, self.publisher.say, self.pipeline.blocked
+        )
         self.publisher.on_command = self.commands.submit
         self.vitals = Vitals(self)
         self.rejects = {
@@ -78,22 +80,22 @@ class Line:
         for output in self.rejects.values():
             output.start()
         self.announcer.state("warming_up")
+        cut_off = self._cut_off_parts()  # before a command can announce a part of this run
+        self.pipeline.start(cut_off)
         self.publisher.start()
         self.commands.start()
-        self.pipeline.start()
-        self._declare_cut_off_parts()
         self.announcer.everything()
         for capture in self.captures.values():
             capture.start()
 
-    def stop_capturing(self, patience_s: float) -> bool:
-        """Takes no more shots or commands, inspects and commits what waits; False if nothing was done for `patience_s`."""
+    def stop_capturing(self, patience_s: float, is_hurried: Callable[[], bool]) -> bool:
+        """Takes no more shots or commands, inspects and commits what waits; False where that does not move (`Pipeline.finish`)."""
         for capture in self.captures.values():
             capture.stop()
         if self.commands.is_alive():
             self.commands.close(CLOSE_S)
         self._join_captures()  # a part that was already shot is still handed over
-        is_done = self.pipeline.finish(patience_s) if self.pipeline.is_started else True
+        is_done = self.pipeline.finish(patience_s, is_hurried) if self.pipeline.is_started else True
         if not is_done:
             self.outbox.unblock()  # what cannot be committed stays an open intent, and is declared at the next start
         deadline_s = time.monotonic() + CLOSE_S
@@ -178,13 +180,13 @@ class Line:
             threshold = self.live.threshold_of(name)
             inspector.set_novelty_threshold(inspector.default_threshold if threshold is None else threshold)
 
-    def _declare_cut_off_parts(self) -> None:
+    def _cut_off_parts(self) -> list[Draft]:
+        """For the committing thread: a full outbox may make it wait, and the supervisor must not."""
         intents = self.outbox.open_intents()
         if not intents:
-            return
+            return []
         log.warning("%d parts were cut off by the last end of this program; each gets a failed result", len(intents))
-        drafts = [restart_draft(intent, self.settings.station, self.result_topic(intent.camera)) for intent in intents]
-        self.outbox.commit(drafts)
+        return [restart_draft(intent, self.settings.station, self.result_topic(intent.camera)) for intent in intents]
 
 
 def outbox_status(line: Line) -> Mapping[str, Any]:

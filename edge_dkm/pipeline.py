@@ -13,7 +13,7 @@ import queue
 import threading
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -32,6 +32,10 @@ from edge_dkm.shot_buffer import ShotBuffer, Tally
 
 MAX_UNCOMMITTED = 64  # results that may wait for the disk
 KEPT_TIMINGS = 20_000
+HURRIED_PATIENCE_S = 3.0  # without progress, when finishing in a hurry
+HURRY_S = 2.0  # for what waits, when finishing in a hurry
+TRIM_EVERY_S = 5.0
+LATER_S = 0.2  # where an announced part is over time and the disk is behind
 NO_FRAME_S = 5.0  # for a part that a command announced, where the camera has no deadline_ms
 
 log = logging.getLogger(__name__)
@@ -115,13 +119,15 @@ class Pipeline:
         self._promise_lock = threading.Lock()
         self._promises: Counter[str] = Counter()
         self._inferring_since_s: float | None = None
+        self._first: Sequence[Draft] = ()
+        self._trim_due_s = time.monotonic()
         self._threads = [
             threading.Thread(target=self._guard, args=(work,), name=name, daemon=True)
             for name, work in (("infer", self._inspect_all), ("commit", self._commit_all))
         ]
         self.stages = {
-            "infer": Stage(lambda: len(self._buffer) > 0 or self._inferring_since_s is not None),
-            "commit": Stage(lambda: not self._results.empty() or outbox.is_blocked, self._blocked),
+            "infer": Stage(lambda: len(self._buffer) > 0 or self._inferring_since_s is not None, self.blocked),
+            "commit": Stage(lambda: not self._results.empty() or outbox.is_blocked, self.blocked),
         }
 
     @property
@@ -129,8 +135,9 @@ class Pipeline:
         """Whether `start` was called."""
         return self._threads[0].ident is not None
 
-    def start(self) -> None:
-        """Starts the threads."""
+    def start(self, first: Sequence[Draft] = ()) -> None:
+        """Starts the threads; `first` is committed before anything else."""
+        self._first = first
         for thread in self._threads:
             thread.start()
 
@@ -173,12 +180,15 @@ class Pipeline:
         now_s, given_up = time.monotonic(), []
         with self._promise_lock:
             for token, (case, expires_s) in list(self._promised.items()):
-                if expires_s > now_s or self._results.full():  # where the disk is behind: a turn later
+                if expires_s > now_s:
                     continue
-                del self._promised[token]
                 text = f"camera {case.camera} gave no frame for the announced part in time"
                 error = InspectionError("R-NO-FRAME", text)
-                self._results.put_nowait(self._done(case, None, error, Clockings(now_s, now_s)))
+                try:
+                    self._results.put_nowait(self._done(case, None, error, Clockings(now_s, now_s)))
+                except queue.Full:  # the disk is behind: a turn later
+                    break
+                del self._promised[token]
                 given_up.append((case.camera, token))
         return given_up
 
@@ -186,7 +196,10 @@ class Pipeline:
         """Seconds until the next announced part is given up; None where none is open."""
         with self._promise_lock:
             moment_s = min((expires_s for _, expires_s in self._promised.values()), default=None)
-        return None if moment_s is None else moment_s - time.monotonic()
+        if moment_s is None:
+            return None
+        left_s = moment_s - time.monotonic()
+        return left_s if left_s > 0 else LATER_S
 
     def skipped(self, camera: str, n: int) -> None:
         """Frames that a camera's process left out, since newer ones had come."""
@@ -200,14 +213,24 @@ class Pipeline:
             for inspector in self._inspectors.values():
                 inspector.interrupt()
 
-    def finish(self, patience_s: float) -> bool:
-        """Takes no more shots, inspects and commits what waits; False if nothing is done for `patience_s` (a slow model may take its time)."""
+    def finish(self, patience_s: float, is_hurried: Callable[[], bool] = lambda: False) -> bool:
+        """Takes no more shots, inspects and commits what waits; a slow model may take its time. False where nothing is done for `patience_s`.
+
+        In a hurry what still waits after a moment is left: parts are declared by their intents at the next start.
+        """
         self._buffer.close()
+        progress_s, hurry_s, before = time.monotonic(), float("inf"), -1
         for thread in self._threads:
             while thread.is_alive():
-                before = [stage.count for stage in self.stages.values()]
-                thread.join(patience_s)
-                if thread.is_alive() and before == [stage.count for stage in self.stages.values()]:
+                thread.join(0.05)
+                now_s, count = time.monotonic(), sum(stage.count for stage in self.stages.values())
+                if count != before:
+                    before, progress_s = count, now_s
+                hurried = is_hurried()
+                hurry_s = min(hurry_s, now_s + HURRY_S) if hurried else hurry_s
+                if now_s >= hurry_s and (left := self._buffer.abandon()):
+                    log.warning("%d frames that waited are not inspected: the line stops", left)
+                if now_s - progress_s > (min(patience_s, HURRIED_PATIENCE_S) if hurried else patience_s):
                     return False
         return True
 
@@ -241,7 +264,8 @@ class Pipeline:
             return False
         return True
 
-    def _blocked(self) -> str | None:
+    def blocked(self) -> str | None:
+        """Why nothing can move though nothing hangs."""
         return "the outbox is full and delivery.limit is block" if self.outbox.is_blocked else None
 
     def _guard(self, work: Callable[[], None]) -> None:
@@ -301,21 +325,33 @@ class Pipeline:
 
     def _commit_all(self) -> None:
         is_last = False
+        if self._first:
+            self.outbox.commit(self._first)
+            self._first = ()
+            self._on_event()
         while not is_last:
             batch, is_last = self._next_batch()
-            if not batch:
-                continue
-            self.outbox.commit([done.draft for done in batch])
-            now_s = time.monotonic()
-            for done in batch:
-                self._tally(done, now_s)
-            self.stages["commit"].progress(len(batch))
-            self._on_event()
+            if batch:
+                self._commit(batch)
+            if time.monotonic() >= self._trim_due_s:  # here, since a slow disk must not hold up the supervisor
+                self.outbox.trim()
+                self._trim_due_s = time.monotonic() + TRIM_EVERY_S
+
+    def _commit(self, batch: Sequence[_Done]) -> None:
+        self.outbox.commit([done.draft for done in batch])
+        now_s = time.monotonic()
+        for done in batch:
+            self._tally(done, now_s)
+        self.stages["commit"].progress(len(batch))
+        self._on_event()
 
     def _next_batch(self) -> tuple[list[_Done], bool]:
-        """What has queued up while the last commit was under way; nothing is ever held back to fill a group."""
+        """What has queued up while the last commit was under way; nothing is ever held back to fill a group. Empty when it is time to trim."""
         batch: list[_Done] = []
-        item = self._results.get()
+        try:
+            item = self._results.get(timeout=max(0.01, self._trim_due_s - time.monotonic()))
+        except queue.Empty:
+            return batch, False
         while item is not None:
             batch.append(item)
             try:

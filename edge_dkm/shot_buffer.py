@@ -76,5 +76,17 @@ class ShotBuffer:
             self._closed = True
             self._changed.notify_all()
 
+    def abandon(self) -> int:
+        """Forgets what waits, counted as dropped; how many."""
+        with self._changed:
+            left = 0
+            for name, waiting in self._waiting.items():
+                if waiting:
+                    self._tallies[name].dropped["stopped"] += len(waiting)
+                left += len(waiting)
+                waiting.clear()
+            self._changed.notify_all()
+            return left
+
     def __len__(self) -> int:
         return sum(len(waiting) for waiting in self._waiting.values())

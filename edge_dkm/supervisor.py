@@ -32,7 +32,6 @@ from edge_dkm.vitals import LOOK_EVERY_S
 
 HEALTH_EVERY_S = 5.0
 FINISH_S = 10.0  # without progress on what waits, when stopping
-FINISH_ASKED_S = 3.0  # the same when a signal asked for the end
 STOP_DRAIN_S = 2.5  # to deliver it, when stopped by hand
 GOODBYE_S = 2.5
 DEAD_MAN_S = 8.5  # a supervisor that does not come round for so long ends its process
@@ -123,7 +122,9 @@ class Supervisor:
                 error = caught
             self._notifier.stopping()
             self._end_in_time(error)
-            error = error or self._stop_capturing()
+            # Whatever the reason: outputs are left at NG, and what was inspected is committed.
+            trouble = self._stop_capturing(error)
+            error = error or trouble
             drained = self._drain(error)
         done = report(
             line.pipeline.tallies, list(line.pipeline.timings), line.outbox.status().rows, time.monotonic() - started_s
@@ -166,7 +167,6 @@ class Supervisor:
         judgement = self._watchdog.judge(line.vitals.look(), now_s)
         if now_s >= self._health_due_s:
             self._health_due_s = now_s + HEALTH_EVERY_S
-            line.outbox.trim()
             line.announcer.health()
         conditions = line.conditions.look()
         line.announcer.state_now(conditions)
@@ -195,11 +195,10 @@ class Supervisor:
         """A film or folder that failed will not come back; a live camera reconnects by itself."""
         return next((capture.error for capture in self._line.captures.values() if capture.error is not None), None)
 
-    def _stop_capturing(self) -> BaseException | None:
+    def _stop_capturing(self, error: BaseException | None) -> BaseException | None:
         """Inspects and commits what waits; returns what went wrong with it."""
-        patience_s = FINISH_ASKED_S if self._stop_asked.is_set() else FINISH_S
-        if not self._line.stop_capturing(patience_s):
-            return EdgeError(f"inspection made no progress for {patience_s:g} s; frames that waited have no result")
+        if not self._line.stop_capturing(FINISH_S, lambda: error is not None or self._stop_asked.is_set()):
+            return EdgeError("inspection made no progress; frames that waited have no result")
         return self._line.pipeline.failed
 
     def _drain(self, error: BaseException | None) -> bool:
@@ -211,12 +210,22 @@ class Supervisor:
         problem = line.publisher.status().problem
         if problem is not None and line.outbox.status().rows:
             log.info("waiting up to %g s for delivery: %s", timeout_s, problem.text)
-        drained = line.publisher.wait_drained(timeout_s)
+        drained = self._wait_drained(timeout_s)
         self._undelivered = line.publisher.status().problem
         line.publisher.stop()
         if line.publisher.is_alive():
             line.publisher.join(GOODBYE_S)
         return drained
+
+    def _wait_drained(self, timeout_s: float) -> bool:
+        """In slices: a signal may come while recorded material is delivered."""
+        end_s, was_asked = time.monotonic() + timeout_s, self._stop_asked.is_set()
+        while not self._line.publisher.wait_drained(min(0.2, max(0.0, end_s - time.monotonic()))):
+            if self._stop_asked.is_set() and not was_asked:
+                was_asked, end_s = True, min(end_s, time.monotonic() + STOP_DRAIN_S)
+            if time.monotonic() >= end_s:
+                return False
+        return True
 
     def _end_in_time(self, error: BaseException | None) -> None:
         """An ending that hangs is ended; recorded material may take as long as inspecting and delivering it takes."""
@@ -239,6 +248,8 @@ class Supervisor:
                 raise KeyboardInterrupt
             self._stop_asked.set()
             self._line.attention.set()
+            if self._own_process:  # also where the end of recorded material is under way already
+                end_at_latest(END_S)
 
         previous = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
         try:

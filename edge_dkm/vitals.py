@@ -145,9 +145,10 @@ class Vitals:
     def _mqtt(self) -> StageHealth:
         """A connected publisher turns its loop once a second at least; without a connection its problem says why."""
         publisher, now_s = self._line.publisher, time.monotonic()
-        if publisher.loops != self._loops[0]:
-            self._loops = (publisher.loops, now_s)
-        status, age_s = publisher.status(), now_s - self._loops[1]
+        status, loops = publisher.status(), publisher.loops  # in this order
+        if loops != self._loops[0] or not status.connected:  # without a connection it does not turn
+            self._loops = (loops, now_s)
+        age_s = now_s - self._loops[1]
         state: StageState = "ok" if self.outbox.rows else "idle"
         if not publisher.is_alive() or (status.connected and age_s > STUCK_S):
             state = "stuck"
@@ -161,7 +162,9 @@ def camera_stage(capture: Capture, is_busy: bool) -> StageHealth:
 
     The capture itself replaces a live camera's process after `stall_s`; what is stuck in spite of it needs a new process of ours.
     """
-    status, age_s = capture.status(), (capture.status().frame_age_ms or 0) / 1000
+    status = capture.status()
+    # Taking shots is progress, too: where each waits for a slow disk, news of frames lies behind them.
+    age_s = min((status.frame_age_ms or 0) / 1000, capture.handed_over_age_s)
     state: StageState = "ok"
     if capture.ended.is_set():
         state = "idle"

@@ -36,12 +36,12 @@ def decode_picture(data: bytes, where: str, index: int, *, check_damage: bool = 
     picture = np.asarray(image, np.uint8)
     complaint = WORDS.take() if is_jpeg else None
     if is_jpeg and check_damage:
-        if complaint is not None:
-            return Frame.faulty("F-DAMAGED", f"{where}: the picture is damaged ({complaint})", index)
         rows = filled_rows(picture)
         if is_cut or rows >= MIN_FILLED_ROWS:
             detail = f"{rows} of {len(picture)} rows were filled in" if rows else "its end mark is missing"
             return Frame.faulty("F-DAMAGED", f"{where}: the picture is damaged, {detail}", index)
+        if complaint is not None:
+            return Frame.faulty("F-DAMAGED", f"{where}: the picture is damaged, the decoder says: {complaint}", index)
     return Frame.now(picture, index)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import time
 
 import cv2
@@ -12,6 +13,7 @@ from devices.settings import CameraSettings
 from devices.sources.live import LiveCapture
 from devices.sources.refusal import why_refused
 
+_SECRET = re.compile(r"\b((?:pass(?:word|wd)?|pwd|token|key|secret|auth)=)[^&\s/'\"]+", re.IGNORECASE)
 FFMPEG_OPTIONS = "OPENCV_FFMPEG_CAPTURE_OPTIONS"
 BEHIND_WATCHDOG = (
     1.5  # the capture's own watchdog comes first; where there is none (`check`, `record`) these end a read
@@ -52,6 +54,7 @@ class RtspSource(LiveCapture):
 
 def mask(url: str) -> str:
     """The address without its password, for messages."""
+    url = _SECRET.sub(r"\1***", url)
     scheme, separator, rest = url.partition("://")
     if not separator or "@" not in rest:
         return url

@@ -93,9 +93,17 @@ class Commands(threading.Thread):
         handlers: by verb; a verb without one is answered `not_built`.
         store: where answers survive.
         say: publishes (topic, payload by session counter, QoS) once, in order; must not block (`Publisher.say`).
+        excuse: why the store makes everybody wait, where it does.
     """
 
-    def __init__(self, base: str, handlers: Mapping[str, Handler], store: Store, say: Say) -> None:
+    def __init__(
+        self,
+        base: str,
+        handlers: Mapping[str, Handler],
+        store: Store,
+        say: Say,
+        excuse: Callable[[], str | None] = lambda: None,
+    ) -> None:
         super().__init__(name="commands", daemon=True)
         self._base, self._handlers, self._store, self._say = base, handlers, store, say
         self._station = base.rsplit("/", 1)[-1]
@@ -104,7 +112,7 @@ class Commands(threading.Thread):
         self._closing = self._is_busy = False
         self._refusals = _TokenBucket(REFUSALS_BURST, REFUSALS_PER_S)
         self._done = self._refused = self._repeated = self._unanswered = 0
-        self.stage = Stage(lambda: self._is_busy or bool(self._waiting))
+        self.stage = Stage(lambda: self._is_busy or bool(self._waiting), excuse)
 
     def submit(self, topic: str, payload: bytes, retained: bool) -> None:
         """Queues a message on a command topic; beyond 32 waiting ones it is answered CMD-BUSY. Never blocks, never raises."""

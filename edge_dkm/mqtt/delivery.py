@@ -27,6 +27,7 @@ E2E_WINDOW = 500  # rows that the consumer has not acknowledged; below a broker'
 
 log = logging.getLogger(__name__)
 Mode = Literal["puback", "journal", "e2e"]
+_BACKLOG = "*"  # no camera has this name
 _LIVE, _HISTORICAL = b'"historical":false', b'"historical":true'
 
 
@@ -81,6 +82,7 @@ class Flight:
         self._backlog_upto = outbox.last_seq if history_per_s is not None else 0
         self._pace = Pace(history_per_s or 1.0)
         self._backlog_after = 0
+        self._backlog_held_until_s, self._is_backlog_proven = 0.0, False
         self._after_seq = self._backlog_upto
         self._holds: dict[str, _Hold] = {}
         self._proven: set[str] = set()  # cameras of which a row was accepted on this connection
@@ -113,7 +115,11 @@ class Flight:
         if self._accepted:
             due.append(max(0.0, self._accepted_s + MARK_LATEST_S - now_s))
         if self._backlog_after < self._backlog_upto:
-            due.append(self._pace.due_s())
+            paced_s, held_s = self._pace.due_s(), self._backlog_held_until_s - now_s
+            if held_s > 0:
+                due.append(held_s)
+            elif paced_s > 0:  # else it waits for an acknowledgement, which wakes us
+                due.append(paced_s)
         return min(due)
 
     def fill(self, link: Link) -> None:
@@ -173,7 +179,7 @@ class Flight:
             return
         marked = self._outbox.acknowledge(epoch, upto)
         self.acknowledged += marked
-        if epoch == self._outbox.epoch and self._end_to_end.acknowledged(upto) and self._is_silent:
+        if marked and self._end_to_end.acknowledged(upto) and self._is_silent:
             self._problems.pop("")
 
     def abandon(self) -> None:
@@ -188,8 +194,11 @@ class Flight:
 
     @property
     def _waits_for_all(self) -> bool:
-        """Whether a refusal of one topic holds up all: nothing may overtake where acknowledgements or the backlog are one row of numbers."""
-        return self._end_to_end is not None or self._backlog_upto > 0
+        """Whether a refusal of one topic holds up all: nothing may overtake where acknowledgements are one row of numbers."""
+        return self._end_to_end is not None
+
+    def _is_backlog(self, row: Row) -> bool:
+        return 0 < row.seq <= self._backlog_upto
 
     @property
     def _is_silent(self) -> bool:
@@ -205,14 +214,17 @@ class Flight:
     def _main(self, link: Link) -> None:
         """New rows in their order; those of a held camera are passed over and stay in the outbox."""
         while (room := self._room(link)) > 0:
-            rows = self._outbox.unsent(self._after_seq, room)
-            if not rows:
-                return
+            newest = self._outbox.last_seq
+            # What is passed over is not handed out: a limit may still drop it.
+            rows = self._outbox.unsent(self._after_seq, room, without=tuple(self._holds))
             for row in rows:
                 if row.camera in self._holds or self._send_in_turn(link, row) or row.camera in self._holds:
                     self._after_seq = row.seq
                 else:  # all wait
                     return
+            if len(rows) < room:  # no need to pass over the same rows again at every commit
+                self._after_seq = max(self._after_seq, newest)
+                return
 
     def _send_in_turn(self, link: Link, row: Row) -> bool:
         """A camera's first row on this connection goes alone; those behind it are held until it was accepted."""
@@ -248,7 +260,9 @@ class Flight:
     def _backlog(self, link: Link) -> None:
         """Half the window at most, so that a new row never waits for old ones."""
         room = min(self._room(link), max(1, link.window // 2) - len(self._sent), self._pace.room())
-        if room <= 0:
+        if not self._is_backlog_proven:  # its first row alone finds out whether somebody listens
+            room = min(room, 1 - sum(self._is_backlog(sent.row) for sent in self._sent.values()))
+        if room <= 0 or time.monotonic() < self._backlog_held_until_s:
             return
         rows = [row for row in self._outbox.unsent(self._backlog_after, room) if row.seq <= self._backlog_upto]
         for row in rows:
@@ -256,7 +270,7 @@ class Flight:
                 return
             self._pace.spend()
             self._backlog_after = row.seq
-        if not rows:
+        if not rows and not any(self._is_backlog(sent.row) for sent in self._sent.values()):
             self._backlog_after = self._backlog_upto
 
     def _replay(self, link: Link) -> None:
@@ -308,7 +322,10 @@ class Flight:
                 self._accepted_s = time.monotonic()
             self._accepted += [sent.row.seq for sent in done if sent.replay is None]
         self._probing_all = False
-        self._proven.update(sent.row.camera for sent in done if sent.replay is None)
+        self._proven.update(sent.row.camera for sent in done if sent.replay is None and not self._is_backlog(sent.row))
+        if any(self._is_backlog(sent.row) for sent in done):
+            self._is_backlog_proven = True
+            self._problems.pop(_BACKLOG, None)
         for camera in {sent.row.camera for sent in done if sent.is_probe}:
             self._problems.pop(camera, None)
             if camera in self._holds:
@@ -332,14 +349,17 @@ class Flight:
     def _hold(self, row: Row, problem: Problem) -> None:
         self._mark()  # what was accepted behind the row is not sent again
         until_s = time.monotonic() + HOLD_S
-        if not self._waits_for_all:
+        if self._is_backlog(row):  # new results go on
+            self._backlog_held_until_s, self._is_backlog_proven, self._backlog_after = until_s, False, 0
+            self._problems[_BACKLOG] = problem
+        elif not self._waits_for_all:
             before = self._holds.get(row.camera)
             after_seq = min(row.seq - 1, before.after_seq) if before else row.seq - 1
             self._holds[row.camera] = _Hold(after_seq, until_s)
             self._problems[row.camera] = problem
         else:  # all wait, and begin again with the oldest
             self._all_held_until_s, self._probing_all = until_s, True
-            self._after_seq, self._backlog_after = self._backlog_upto, 0
+            self._after_seq = 0
             self._sent.clear()
             if self._end_to_end is not None:
                 self._end_to_end.waiting.clear()

@@ -126,7 +126,7 @@ class Publisher(threading.Thread):
     def wait_drained(self, timeout_s: float) -> bool:
         """Whether every row was acknowledged within the time."""
         with self._lock:
-            return self._lock.wait_for(lambda: self.outbox.status().rows == 0, timeout_s)
+            return self._lock.wait_for(self.outbox.is_drained, timeout_s)
 
     def stop(self) -> None:
         """Says goodbye (`stopped`) where there is a connection, and ends; what is unsent stays in the outbox."""

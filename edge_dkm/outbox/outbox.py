@@ -8,7 +8,8 @@ outbox_file (opening), retention (drops) and ballast (room to drain).
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+import time
+from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Literal
@@ -26,6 +27,8 @@ from edge_dkm.outbox.witness import Witness
 from edge_dkm.outbox.writer import NoRoomError, Writer, set_meta
 
 AT_ONCE = 1000  # rows per transaction where many go
+MOMENT_S = 0.25
+TRIM_S = 0.5  # per call: the supervisor waits for it, and comes again in seconds
 
 log = logging.getLogger(__name__)
 Mode = Literal["puback", "journal", "e2e"]
@@ -66,6 +69,7 @@ class Outbox:
         self._writer = Writer(self._file, self._table, self._retention, ballast, self._witness)
         self._lock = self._writer.room
         self._declare_what_the_wal_lost()
+        self._last_status, self._last_cseq = self._status(), dict(self._table.counts.newest)
 
     def _load(self, db: Database) -> None:
         self._table.load(db)
@@ -175,13 +179,19 @@ class Outbox:
 
         self._writer.insist(declare)
 
-    def unsent(self, after_seq: int, limit: int) -> list[Row]:
-        """The oldest unacknowledged rows behind `after_seq`. A row whose CRC is wrong becomes a gap record; nothing damaged is sent."""
-        query = "SELECT seq, camera, cseq, topic, body, crc FROM outbox WHERE sent = 0 AND seq > ? ORDER BY seq LIMIT ?"
+    def unsent(self, after_seq: int, limit: int, without: Collection[str] = ()) -> list[Row]:
+        """The oldest unacknowledged rows behind `after_seq`, but for the cameras `without`; they count as handed out from then on.
+
+        A row whose CRC is wrong becomes a gap record; nothing damaged is sent.
+        """
+        query = (
+            "SELECT seq, camera, cseq, topic, body, crc FROM outbox WHERE sent = 0 AND seq > ? "
+            f"{'AND camera NOT IN (' + ','.join('?' * len(without)) + ')' if without else ''} ORDER BY seq LIMIT ?"
+        )
         with self._lock:
             found = [
                 (Row(seq, topic, as_bytes(body), camera, cseq), crc)
-                for seq, camera, cseq, topic, body, crc in self._file.read(query, (after_seq, limit))
+                for seq, camera, cseq, topic, body, crc in self._file.read(query, (after_seq, *without, limit))
             ]
             rows = [row for row, crc in found if row_crc(row) == crc]
             damaged = [row for row, crc in found if row_crc(row) != crc]
@@ -257,6 +267,12 @@ class Outbox:
         rows = [(Row(seq, name, as_bytes(body), *which), crc) for seq, name, body, *which, crc in found]
         return stretch([row for row, crc in rows if row_crc(row) == crc], first, upto, topic)[:limit]
 
+    def count_kept(self, camera: str, first: int, last: int) -> int:
+        """How many of the results `first` to `last` (cseq) of this epoch are held."""
+        query = "SELECT COUNT(*) FROM outbox WHERE camera = ? AND cseq BETWEEN ? AND ?"
+        with self._lock:
+            return int(self._file.read(query, (camera, first, last))[0][0])
+
     def declare_missing(self, camera: str, epoch: str, first: int, last: int, reason: GapReason) -> None:
         """Appends a gap record for results that a replay asked for and that are no longer held."""
         self._writer.change(lambda _: self._retention.tell(camera, epoch, first, last, reason))
@@ -278,7 +294,8 @@ class Outbox:
 
     def trim(self) -> None:
         """Applies the ages: acknowledged rows older than `keep_h` go, unsent ones older than `max_age_h` are dropped and declared."""
-        while self._writer.change(lambda _: self._retention.expire(AT_ONCE)) >= AT_ONCE:
+        until_s = time.monotonic() + TRIM_S
+        while self._writer.change(lambda _: self._retention.expire(AT_ONCE)) >= AT_ONCE and time.monotonic() < until_s:
             pass  # the lock is free in between
         self._writer.freed()
 
@@ -291,24 +308,41 @@ class Outbox:
         return gone
 
     def status(self) -> OutboxStatus:
-        """Counts for health messages."""
+        """Counts for health messages; those of the last time where the disk takes longer than a moment just now."""
+        if not self._lock.acquire(timeout=MOMENT_S):
+            return self._last_status
+        try:
+            self._last_status = self._status()
+            return self._last_status
+        finally:
+            self._lock.release()
+
+    def _status(self) -> OutboxStatus:
         query = "SELECT t_wall, t_mono, boot FROM outbox WHERE sent = 0 ORDER BY seq LIMIT 1"
+        counts = self._table.counts
+        oldest = self._file.read(query)
+        return OutboxStatus(
+            counts.rows[0],
+            counts.bytes[0],
+            self._table.age_s(*oldest[0]) if oldest else 0.0,
+            counts.rows[1],
+            {camera: dict(reasons) for camera, reasons in counts.dropped.items()},
+            self._writer.is_blocked,
+        )
+
+    def is_drained(self) -> bool:
+        """Whether nothing waits for delivery; as long as that takes to know."""
         with self._lock:
-            counts = self._table.counts
-            oldest = self._file.read(query)
-            return OutboxStatus(
-                counts.rows[0],
-                counts.bytes[0],
-                self._table.age_s(*oldest[0]) if oldest else 0.0,
-                counts.rows[1],
-                {camera: dict(reasons) for camera, reasons in counts.dropped.items()},
-                self._writer.is_blocked,
-            )
+            return self._table.counts.rows[0] == 0
 
     def last_cseq(self) -> dict[str, int]:
-        """The newest cseq of every camera."""
-        with self._lock:
-            return dict(self._table.counts.newest)
+        """The newest cseq of every camera; as `status` where the disk takes long."""
+        if self._lock.acquire(timeout=MOMENT_S):
+            try:
+                self._last_cseq = dict(self._table.counts.newest)
+            finally:
+                self._lock.release()
+        return self._last_cseq
 
     def close(self) -> None:
         """Closes the database; nothing is pending, every commit was one."""

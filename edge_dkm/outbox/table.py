@@ -56,6 +56,7 @@ class Table:
     def __init__(self) -> None:
         self.counts = Counts()
         self.exposed: set[int] = set()
+        self.deleted: list[int] = []  # in the transaction that is open
         self.exposed_upto = 0  # all up to here count as exposed too
         self.handed = 0  # the highest seq that was given to the publisher
         self.boot = clock.boot_id()
@@ -118,6 +119,7 @@ class Table:
                 self.counts.bytes[bool(sent)] -= size
                 if sent and cseq is not None:
                     settled[camera] = max(cseq, settled.get(camera, 0))
+            self.deleted += part
             removed += len(rows)
         for camera, cseq in settled.items():
             self.db.execute("UPDATE counter SET settled = MAX(settled, ?) WHERE camera = ?", (cseq, camera))

@@ -44,7 +44,7 @@ class Writer:
         self, file: OutboxFile, table: Table, retention: Retention, ballast: Ballast, witness: Witness
     ) -> None:
         self.room = threading.Condition(threading.RLock())
-        self.is_blocked = False
+        self._n_waiting = 0  # threads that wait for room: a part that is announced must not hide a commit that waits
         self._stopping = False
         self._file, self._table, self._retention, self._ballast = file, table, retention, ballast
         self._witness = witness
@@ -52,6 +52,11 @@ class Writer:
         self._most_pages: int | None = None  # on a full disk
         if not ballast.restore(factor=1):
             self._starve()
+
+    @property
+    def is_blocked(self) -> bool:
+        """Whether somebody waits for room."""
+        return self._n_waiting > 0
 
     def change(self, work: Work[T]) -> T:
         """One transaction; on a full disk once more with the room of the ballast.
@@ -75,14 +80,20 @@ class Writer:
             StorageError: it cannot be written, or `unblock` was called while it waited.
         """
         with self.room:
+            waits = False
             try:
                 while True:
                     self._look_for_room()
                     with contextlib.suppress(DiskFullError, NoRoomError):
                         return self._try_all(work, last_resort)
-                    self._wait()
+                    self._refuse_if_stopping()
+                    self._n_waiting += not waits
+                    if self._n_waiting == 1 and not waits:
+                        log.warning("S-FULL outbox %s has no room; the line waits for it", self._file.path)
+                    waits = True
+                    self.room.wait(SPACE_LOOK_S)
             finally:
-                self.is_blocked = False
+                self._n_waiting -= waits
 
     def unblock(self) -> None:
         """What waits, and all that would from now on, raises StorageError instead."""
@@ -122,7 +133,10 @@ class Writer:
                     self.note_handed(db)
         except BaseException:
             self._table.counts = before
+            self._table.deleted.clear()
             raise
+        self._table.exposed.difference_update(self._table.deleted)
+        self._table.deleted.clear()
         if self._table.counts.next_seq != before.next_seq:
             self.testify()
         return result
@@ -175,16 +189,12 @@ class Writer:
                 self._most_pages = None
                 log.warning("outbox %s has room on its disk again", self._file.path)
 
-    def _wait(self) -> None:
+    def _refuse_if_stopping(self) -> None:
         if self._stopping:
             raise StorageError(
                 f"outbox {self._file.path} has no room for more ({self._table.counts.rows[0]} rows wait, "
                 f"{self._retention.limits}); the line stops: bring the consumer back, or give it more disk"
             )
-        if not self.is_blocked:
-            self.is_blocked = True
-            log.warning("S-FULL outbox %s has no room; the line waits for it", self._file.path)
-        self.room.wait(SPACE_LOOK_S)
 
 
 def set_meta(db: Database, key: str, value: object) -> None:

@@ -31,8 +31,7 @@ def _replay(line: Line, args: dict[str, Any]) -> dict[str, Any]:
     first, last = int(args.get("from") or 1), min(int(args.get("to") or newest), newest)
     if first > last:
         raise UsageError(f"cseq {first} to {last} is empty, the newest of camera {camera} is {newest}")
-    pieces = line.outbox.kept(camera, line.outbox.epoch, first, last, last - first + 1)
-    missing = sum(piece.last - piece.first + 1 for piece in pieces if piece.body is None)
+    held = line.outbox.count_kept(camera, first, last)
     if not line.publisher.replay(Replay(camera, line.outbox.epoch, first, last)):
         raise UsageError("too many replays wait already; ask again later")
-    return {"camera": camera, "from": first, "to": last, "sent": last - first + 1 - missing, "missing": missing}
+    return {"camera": camera, "from": first, "to": last, "sent": held, "missing": last - first + 1 - held}
