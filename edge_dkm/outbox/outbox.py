@@ -2,7 +2,7 @@
 
 The pipeline commits, the publisher reads and marks; both call from their own threads. Each row carries a CRC. A limit that forces a
 drop writes a gap record in the same transaction. What a full disk, a damaged file or row, a power cut and `kill -9` do is in
-outbox_file (opening), retention (drops) and ballast (room to drain).
+file (opening), witness (a WAL that was cut), retention (drops) and ballast (room to drain).
 """
 
 from __future__ import annotations
