@@ -122,6 +122,8 @@ class Supervisor:
                 error = caught
             self._notifier.stopping()
             self._end_in_time(error)
+            if error is not None:  # before the stop, which takes seconds where something hangs
+                line.announcer.state("error", error)
             # Whatever the reason: outputs are left at NG, and what was inspected is committed.
             trouble = self._stop_capturing(error)
             error = error or trouble
