@@ -86,7 +86,8 @@ class Outbox:
     @property
     def last_seq(self) -> int:
         """The newest seq of this epoch, 0 before the first."""
-        return self._table.counts.next_seq - 1
+        with self._lock:  # a number that is taken in a transaction may be given back
+            return self._table.counts.next_seq - 1
 
     @property
     def is_blocked(self) -> bool:
