@@ -20,8 +20,10 @@ def why_refused(url: str, shown: str) -> CameraError:
     try:
         parts = urlsplit(url)
         host, port = parts.hostname or "", parts.port or DEFAULT_PORTS.get(parts.scheme, 0)
-    except ValueError as error:
-        return CameraError("C-SPEC", f"{shown} is no address: {error}")
+    except ValueError:  # its text may hold a piece of the password
+        return CameraError("C-SPEC", f"{shown} is no address; write / ? # in a password as %2F %3F %23")
+    if "@" in url.partition("://")[2] and "@" not in parts.netloc:
+        return CameraError("C-SPEC", f"{shown} is no address; write / ? # in a password as %2F %3F %23")
     place = f"{host}:{port}"
     try:
         if parts.scheme in {"http", "https"}:

@@ -13,7 +13,7 @@ from devices.settings import CameraSettings
 from devices.sources.live import LiveCapture
 from devices.sources.refusal import why_refused
 
-_SECRET = re.compile(r"\b((?:pass(?:word|wd)?|pwd|token|key|secret|auth)=)[^&\s/'\"]+", re.IGNORECASE)
+_SECRET = re.compile(r"((?:pass(?:word|wd|phrase)?|pas|pwd|token|key|secret|auth|sig)=)[^&\s\"]+", re.IGNORECASE)
 FFMPEG_OPTIONS = "OPENCV_FFMPEG_CAPTURE_OPTIONS"
 BEHIND_WATCHDOG = (
     1.5  # the capture's own watchdog comes first; where there is none (`check`, `record`) these end a read

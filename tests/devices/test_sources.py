@@ -12,6 +12,7 @@ from devices.frame import Cropper, Frame, Pacer
 from devices.settings import CameraSettings
 from devices.sources import is_live, mask, open_source, source_kind
 from devices.sources.live import LiveCapture
+from devices.sources.refusal import why_refused
 from devices.sources.synthetic import Conveyor, ConveyorOptions
 from tests.broker import free_port
 from tests.devices.conftest import film
@@ -169,3 +170,10 @@ def test_a_live_camera_that_fails_lets_its_device_go_so_that_it_can_be_opened_ag
     with pytest.raises(CameraError, match="C-LOST unplugged"):
         list(LiveCapture(FailingDevice(), "unplugged"))  # type: ignore[arg-type]
     assert FailingDevice.held == 0
+
+
+@pytest.mark.parametrize("url", ["rtsp://u:pa/ss@h/ch1", "rtsp://u:12345/6@h/ch1"])
+def test_a_password_that_breaks_the_address_is_not_shown_in_pieces(url: str) -> None:
+    error = why_refused(url, mask(url))
+    assert error.code == "C-SPEC" and "%2F" in str(error)
+    assert "pa" not in str(error).split(" is no address")[0].partition("://")[2] and "12345" not in str(error)

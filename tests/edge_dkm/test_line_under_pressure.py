@@ -360,7 +360,8 @@ ADDRESS = f"http://127.0.0.1:{{port}}/mjpg?user=admin&password={SECRET}&token={S
 def test_an_address_is_shown_without_what_its_query_keeps_secret(key: str) -> None:
     shown = mask(f"http://admin:{SECRET}@10.0.0.7/mjpg?user=admin&{key}={SECRET}&w=640")
     assert shown == f"http://admin:***@10.0.0.7/mjpg?user=admin&{key}=***&w=640"
-    assert mask("http://10.0.0.7/mjpg?w=640&turnkey=1") == "http://10.0.0.7/mjpg?w=640&turnkey=1"
+    assert mask(f"http://10.0.0.7/mjpg?access_token={SECRET}/x&w=640") == "http://10.0.0.7/mjpg?access_token=***&w=640"
+    assert mask("http://10.0.0.7/mjpg?w=640&h=480") == "http://10.0.0.7/mjpg?w=640&h=480"
 
 
 def test_a_camera_that_fails_tells_nobody_its_password(
