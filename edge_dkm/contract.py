@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, cast
 
 from edge_dkm.errors import ContractError
 
@@ -21,6 +21,7 @@ IMAGE = "image"
 
 Verdict = Literal["pass", "review", "reject"]
 VERDICTS: tuple[Verdict, ...] = ("pass", "review", "reject")
+Precision = Literal["fp32", "int8"]
 
 
 @dataclass(frozen=True)
@@ -80,6 +81,8 @@ METADATA: Mapping[str, bool] = {
     "dkm.metrics": True,
     "dkm.reference_hist": True,
     "dkm.parity": True,
+    "dkm.precision": False,
+    "dkm.quantization": True,
     "dkm.golden_sha256": False,
     "dkm.license": False,
 }
@@ -128,6 +131,7 @@ class Metadata:
     novelty: Mapping[str, object]
     golden_sha256: str
     raw: Mapping[str, str]
+    precision: Precision = "fp32"
 
 
 def parse_metadata(props: Mapping[str, str], name: str) -> Metadata:
@@ -171,6 +175,7 @@ def parse_metadata(props: Mapping[str, str], name: str) -> Metadata:
             novelty=json.loads(props["dkm.novelty"]),
             golden_sha256=props["dkm.golden_sha256"],
             raw=dict(props),
+            precision=_precision(props.get("dkm.precision", "fp32")),  # absent before it was written
         )
     except (KeyError, TypeError, ValueError, IndexError) as error:
         raise ContractError(
@@ -187,6 +192,12 @@ def _verdict(value: object) -> Verdict | None:
     if value is None or value in VERDICTS:
         return value
     raise ValueError(f"verdict {value!r}")
+
+
+def _precision(value: str) -> Precision:
+    if value in {"fp32", "int8"}:
+        return cast(Precision, value)
+    raise ValueError(f"precision {value!r}")
 
 
 def check_tensors(

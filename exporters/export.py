@@ -186,6 +186,8 @@ def _metadata(
         "dkm.metrics": info["metrics"],
         "dkm.reference_hist": info["reference"],
         "dkm.parity": {},
+        "dkm.precision": "fp32",
+        "dkm.quantization": {},
         "dkm.golden_sha256": "",
         "dkm.license": "",
     }
