@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 from devices.capture import Capture
@@ -41,11 +41,17 @@ class Line:
     """The parts of one running line, public to those that look after it; nothing is started by the constructor."""
 
     def __init__(
-        self, settings: LineSettings, folder: StateFolder, outbox: Outbox, inspectors: dict[str, Inspector]
+        self,
+        settings: LineSettings,
+        folder: StateFolder,
+        outbox: Outbox,
+        inspectors: dict[str, Inspector],
+        publisher: Publisher | None = None,
     ) -> None:
         self.settings, self.folder, self.outbox, self.inspectors = settings, folder, outbox, inspectors
         self.attention = threading.Event()
-        self.publisher = Publisher(settings, outbox, f"edge-dkm {__version__}")
+        # A start that took long has one running already.
+        self.publisher = publisher or Publisher(settings, outbox, f"edge-dkm {__version__}")
         self.publisher.on_change = self.attention.set
         self.pipeline = Pipeline(
             settings.station, settings.cameras, inspectors, outbox, self.result_topic, self.attention.set
@@ -82,7 +88,8 @@ class Line:
         self.announcer.state("warming_up")
         cut_off = self._cut_off_parts()  # before a command can announce a part of this run
         self.pipeline.start(cut_off)
-        self.publisher.start()
+        if not self.publisher.is_alive():
+            self.publisher.start()
         self.commands.start()
         self.announcer.everything()
         for capture in self.captures.values():
@@ -187,20 +194,3 @@ class Line:
             return []
         log.warning("%d parts were cut off by the last end of this program; each gets a failed result", len(intents))
         return [restart_draft(intent, self.settings.station, self.result_topic(intent.camera)) for intent in intents]
-
-
-def outbox_status(line: Line) -> Mapping[str, Any]:
-    """For `edge-dkm outbox status`."""
-    status = line.outbox.status()
-    return {
-        "rows": status.rows,
-        "bytes": status.bytes,
-        "oldest_s": round(status.oldest_s, 1),
-        "sent_rows": status.sent_rows,
-        "dropped": status.dropped,
-        "is_blocked": line.outbox.is_blocked,
-        "mode": line.settings.delivery.mode,
-        "epoch": line.outbox.epoch,
-        "last": line.outbox.last_cseq(),
-        "quarantined": str(line.outbox.quarantined) if line.outbox.quarantined else None,
-    }

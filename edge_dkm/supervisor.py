@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import signal
 import threading
 import time
-from collections.abc import Iterator
-from types import FrameType
 
 from devices.errors import CameraError
+from devices.outputs.requirements import output_problem
 from edge_dkm.errors import BrokerError, EdgeError, UsageError
 from edge_dkm.framing import frame_problem
 from edge_dkm.line import Line
@@ -24,9 +22,11 @@ from edge_dkm.service.admin import SOCKET, AdminServer
 from edge_dkm.service.admin_handlers import admin_handlers
 from edge_dkm.service.http_health import Answers, HealthServer
 from edge_dkm.service.metrics import Exporter
+from edge_dkm.service.stop_signals import stop_signals
 from edge_dkm.service.systemd import Notifier
 from edge_dkm.service.watchdog import Watchdog, cancel_end, end_at_latest
 from edge_dkm.settings import EMBEDDED, LineSettings
+from edge_dkm.starting import Start, StoppedError
 from edge_dkm.state import StateFolder
 from edge_dkm.vitals import LOOK_EVERY_S
 
@@ -55,23 +55,24 @@ def run_line(settings: LineSettings, max_parts: int | None = None, *, own_proces
             broker = EmbeddedBroker(settings.mqtt.effective_port, folder.path / "broker")
             stack.callback(broker.close)
             settings = as_embedded_speaks(settings)
-        inspectors = load_models(settings)
-        for inspector in inspectors.values():
-            stack.callback(inspector.close)
-        delivery = settings.delivery
-        limits = Limits(
-            delivery.max_rows, int(delivery.max_mb * 1e6), delivery.max_age_h, delivery.keep_h, delivery.limit
-        )
-        base = settings.base_topic
+        base, limits = settings.base_topic, Limits.of(settings.delivery)
         outbox = Outbox(
-            folder.outbox, settings.station, lambda camera: f"{base}/{camera}/result", limits, delivery.mode
+            folder.outbox, settings.station, lambda camera: f"{base}/{camera}/result", limits, settings.delivery.mode
         )
         stack.callback(outbox.close)
         _warn(settings)
-        line = Line(settings, folder, outbox, inspectors)
-        stack.callback(AdminServer(folder.path / SOCKET, admin_handlers(line)).close)
-        if settings.health.port is not None:
-            stack.callback(_health_server(line).close)
+        start, started_s = Start(settings, outbox, own_process), time.monotonic()
+        try:
+            with start.announced():
+                inspectors = start.load(lambda tell: load_models(settings, tell))
+                for inspector in inspectors.values():
+                    stack.callback(inspector.close)
+                line = Line(settings, folder, outbox, inspectors, start.hand_over())
+                stack.callback(AdminServer(folder.path / SOCKET, admin_handlers(line)).close)
+                if settings.health.port is not None:
+                    stack.callback(_health_server(line).close)
+        except StoppedError:
+            return report({}, [], outbox.status().rows, time.monotonic() - started_s)
         return Supervisor(line, own_process).run(max_parts)
 
 
@@ -84,8 +85,10 @@ def _warn(settings: LineSettings) -> None:
     if settings.mqtt.tls is None and not local:
         log.warning("mqtt.tls is not set: results and password travel in plain text to %s", settings.mqtt.host)
     for name, camera in settings.cameras.items():
-        if camera.output is not None and camera.deadline_ms is None:
-            log.warning("cameras.%s has an output and no deadline_ms: a late verdict may reach the next part", name)
+        if camera.output is None:
+            continue
+        if problem := output_problem(camera.output, camera.trigger.kind, camera.deadline_ms):
+            log.warning("the output of cameras.%s may say OK of the wrong part: cameras.%s.%s", name, name, problem)
 
 
 def _health_server(line: Line) -> HealthServer:
@@ -112,7 +115,7 @@ class Supervisor:
         """Until there is a reason to end; raises it where it is an error."""
         started_s = time.monotonic()
         line = self._line
-        with self._signals():
+        with stop_signals(self._stop_asked, self._stop):
             error: BaseException | None
             try:
                 line.start()
@@ -238,24 +241,8 @@ class Supervisor:
         else:
             cancel_end()
 
-    @contextlib.contextmanager
-    def _signals(self) -> Iterator[None]:
-        """SIGINT and SIGTERM ask to stop; a second one ends at once."""
-        if threading.current_thread() is not threading.main_thread():
-            yield
-            return
-
-        def handle(number: int, frame: FrameType | None) -> None:
-            if self._stop_asked.is_set():
-                raise KeyboardInterrupt
-            self._stop_asked.set()
-            self._line.attention.set()
-            if self._own_process:  # also where the end of recorded material is under way already
-                end_at_latest(END_S)
-
-        previous = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
-        try:
-            yield
-        finally:
-            for number, handler in previous.items():
-                signal.signal(number, handler)
+    def _stop(self) -> None:
+        """A signal asked to stop."""
+        self._line.attention.set()
+        if self._own_process:  # also where the end of recorded material is under way already
+            end_at_latest(END_S)

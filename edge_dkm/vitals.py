@@ -48,8 +48,7 @@ class Vitals:
     @property
     def is_fresh(self) -> bool:
         """Whether the supervisor still looks, and nothing is stuck: what a heartbeat to a machine stands for."""
-        is_stuck = any(stage.state == "stuck" for stage in self.stages.values())
-        return time.monotonic() - self._looked_s < STALE_S and not is_stuck
+        return not self._stuck()
 
     def look(self) -> dict[str, StageHealth]:
         """Looks at everything, now."""
@@ -70,10 +69,7 @@ class Vitals:
 
     def healthz(self) -> tuple[bool, dict[str, Any]]:
         """Whether the process serves: no stage is stuck."""
-        stuck = [name for name, stage in self.stages.items() if stage.state == "stuck"]
-        late_s = time.monotonic() - self._looked_s
-        if late_s > STALE_S:
-            stuck.append("supervisor")
+        stuck = self._stuck()
         return not stuck, {"stuck": stuck, "uptime_s": round(self.uptime_s, 1)}
 
     def readyz(self) -> tuple[bool, dict[str, Any]]:
@@ -89,7 +85,7 @@ class Vitals:
             why.append(str(line.pipeline.failed))
         if line.pipeline.is_paused:
             why.append("paused")
-        return not why and self.healthz()[0], {"why": why, "cameras": online, "alarms": self.alarm_codes()}
+        return not why and self.is_fresh, {"why": why, "cameras": online, "alarms": self.alarm_codes()}
 
     def alarm_codes(self) -> list[str]:
         """What is raised now."""
@@ -141,6 +137,11 @@ class Vitals:
             clock_jumps=self._jumps.count,
             clock_synced=is_synced(),
         )
+
+    def _stuck(self) -> list[str]:
+        stuck = [name for name, stage in self.stages.items() if stage.state == "stuck"]
+        is_stale = time.monotonic() - self._looked_s >= STALE_S
+        return [*stuck, "supervisor"] if is_stale else stuck
 
     def _mqtt(self) -> StageHealth:
         """A connected publisher turns its loop once a second at least; without a connection its problem says why."""

@@ -41,8 +41,9 @@ class Station:
 
     def __init__(self, settings: LineSettings, path: Path) -> None:
         delivery = settings.delivery
-        limits = Limits(max_rows=delivery.max_rows, policy=delivery.limit)
-        self.outbox = Outbox(path, "st1", lambda camera: f"dkm/v1/st1/{camera}/result", limits, delivery.mode)
+        self.outbox = Outbox(
+            path, "st1", lambda camera: f"dkm/v1/st1/{camera}/result", Limits.of(delivery), delivery.mode
+        )
         self.publisher = Publisher(settings, self.outbox, "test")
         self.publisher.start()
 

@@ -95,7 +95,7 @@ class Station:
             plan.folder / "outbox.db",
             "chaos",
             lambda camera: f"{BASE}/{camera}/result",
-            limits(settings),
+            Limits.of(settings.delivery),
             settings.delivery.mode,
         )
         self.publisher = Publisher(settings, self.outbox, "chaos")
@@ -150,12 +150,6 @@ class Station:
         fields = {"uptime_s": 0, "epoch": epoch, "last": last, "stages": {}, "counters": {}, "outbox": outbox}
         fields |= {"disk_free_mb": 1, "restarts": {}, "ts": rfc3339(utc_now()), "station": "chaos"}
         self.publisher.tell(f"{BASE}/health", lambda session: Health.model_validate({**fields, "session": session}))
-
-
-def limits(settings: LineSettings) -> Limits:
-    """As the line makes them of its settings."""
-    of = settings.delivery
-    return Limits(of.max_rows, int(of.max_mb * 1e6), of.max_age_h, of.keep_h, of.limit)
 
 
 def note(ledger: Any, line: dict[str, Any]) -> None:

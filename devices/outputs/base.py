@@ -44,6 +44,12 @@ class OutputError(DeviceError):
         self.code, self.detail = code, message
 
 
+def missing_package(kind: str, package: str, error: ImportError) -> OutputError:
+    """O-EXTRA; the extra is named as the kind."""
+    text = f"output kind {kind} needs {package}, which is not installed: pip install 'edge-dkm[{kind}]' ({error})"
+    return OutputError("O-EXTRA", text)
+
+
 class Output:
     """One output, used by one thread. The constructor checks what can be checked without a connection; the first write connects.
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field, model_validator
 
-from devices.outputs.base import Output, OutputError, OutputSettings
+from devices.outputs.base import Output, OutputError, OutputSettings, missing_package
 
 if TYPE_CHECKING:
     from gpiod import LineRequest
@@ -43,10 +43,7 @@ class GpioOutput(Output):
         try:
             import gpiod
         except ImportError as error:
-            raise OutputError(
-                "O-EXTRA",
-                f"output kind gpio needs gpiod, which is not installed: pip install 'edge-dkm[gpio]' ({error})",
-            ) from error
+            raise missing_package("gpio", "gpiod", error) from error
         self._gpiod = gpiod
         self._request: LineRequest | None = None
 

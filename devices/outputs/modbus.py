@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field, model_validator
 
-from devices.outputs.base import Output, OutputError, OutputSettings
+from devices.outputs.base import Output, OutputError, OutputSettings, missing_package
 
 if TYPE_CHECKING:
     from pymodbus.client import ModbusTcpClient
@@ -54,10 +54,7 @@ class ModbusOutput(Output):
         try:
             from pymodbus.client import ModbusTcpClient
         except ImportError as error:
-            raise OutputError(
-                "O-EXTRA",
-                f"output kind modbus needs pymodbus, which is not installed: pip install 'edge-dkm[modbus]' ({error})",
-            ) from error
+            raise missing_package("modbus", "pymodbus", error) from error
         # It logs every failed request as an error of its own; whoever calls us tells it once per change.
         logging.getLogger("pymodbus").setLevel(logging.CRITICAL)
         self._make_client = ModbusTcpClient

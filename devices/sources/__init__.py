@@ -9,7 +9,8 @@ from devices.settings import CameraSettings
 from devices.sources.base import Source
 from devices.sources.file import FileSource
 from devices.sources.folder import FolderSource
-from devices.sources.rtsp import RtspSource, mask
+from devices.sources.masking import mask
+from devices.sources.rtsp import RtspSource
 from devices.sources.synthetic import SyntheticSource
 from devices.sources.usb import UsbSource
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 import time
 
 import cv2
@@ -11,9 +10,9 @@ import cv2
 from devices.errors import CameraError
 from devices.settings import CameraSettings
 from devices.sources.live import LiveCapture
+from devices.sources.masking import mask
 from devices.sources.refusal import why_refused
 
-_SECRET = re.compile(r"((?:pass(?:word|wd|phrase)?|pas|pwd|token|key|secret|auth|sig)=)[^&\s\"]+", re.IGNORECASE)
 FFMPEG_OPTIONS = "OPENCV_FFMPEG_CAPTURE_OPTIONS"
 BEHIND_WATCHDOG = (
     1.5  # the capture's own watchdog comes first; where there is none (`check`, `record`) these end a read
@@ -50,13 +49,3 @@ class RtspSource(LiveCapture):
         if is_http and int(capture.get(cv2.CAP_PROP_FOURCC)) == MJPEG:
             self.gives_jpeg = capture.set(cv2.CAP_PROP_FORMAT, -1)
         super().__init__(capture, f"{self.shown} gives no more frames")
-
-
-def mask(url: str) -> str:
-    """The address without its password, for messages."""
-    url = _SECRET.sub(r"\1***", url)
-    scheme, separator, rest = url.partition("://")
-    if not separator or "@" not in rest:
-        return url
-    account, _, host = rest.rpartition("@")
-    return f"{scheme}://{account.partition(':')[0]}:***@{host}"

@@ -67,7 +67,7 @@ class Store(Protocol):
 
 @dataclass(frozen=True)
 class CommandCounts:
-    """Since the start. `unanswered`: refusals beyond the rate at which ill-formed messages are answered."""
+    """Since the start. `unanswered`: refusals beyond the rate at which ill-formed messages are answered, and empty messages."""
 
     done: int
     refused: int
@@ -157,6 +157,10 @@ class Commands(threading.Thread):
             return self._waiting.popleft()
 
     def _handle(self, message: _Message) -> None:
+        if not message.payload:  # how somebody clears a topic of a retained message: not for us
+            with self._changed:
+                self._refused, self._unanswered = self._refused + 1, self._unanswered + 1
+            return
         command = decode(self._base, message.topic, message.payload, message.retained)
         asked = command.stale if isinstance(command, Refusal) else command
         try:

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from edge_dkm.commands.commands import Handler, Outcome, refused
 from edge_dkm.commands.decoder import Command, ReplayArgs, TriggerArgs
+from edge_dkm.commands.replays import ReplayError, start_replay
 from edge_dkm.message import Part
 from edge_dkm.mqtt.delivery import Replay
 
@@ -43,12 +44,8 @@ def _trigger(line: Line, command: Command) -> Outcome:
 
 def _replay(line: Line, command: Command) -> Outcome:
     args = command.arguments(ReplayArgs)
-    if args.camera not in line.captures:
-        return refused("CMD-CAMERA", f"there is no camera {args.camera}, expected one of {', '.join(line.captures)}")
-    newest = line.outbox.last_cseq().get(args.camera, 0)
-    last = min(args.to, newest) if args.epoch == line.outbox.epoch else args.to
-    if args.from_ > last:
-        return refused("CMD-RANGE", f"cseq {args.from_} to {args.to} is empty, the newest of {args.camera} is {newest}")
-    if not line.publisher.replay(Replay(args.camera, args.epoch, args.from_, last)):
-        return refused("CMD-BUSY", "too many replays wait already; ask again later")
-    return Outcome(True, None, f"cseq {args.from_} to {last} go out again")
+    try:
+        queued = start_replay(line, Replay(args.camera, args.epoch, args.from_, args.to))
+    except ReplayError as error:
+        return refused(error.code, str(error))
+    return Outcome(True, None, f"cseq {queued.first} to {queued.last} go out again")

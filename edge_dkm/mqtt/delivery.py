@@ -41,12 +41,13 @@ class Problem:
 
 @dataclass
 class Replay:
-    """A consumer's request to send cseq `first`..`last` of a camera again; `first` moves on as rows are acknowledged."""
+    """A consumer's request to send cseq `first`..`last` of a camera again; `first` moves on as rows go out."""
 
     camera: str
     epoch: str
     first: int
     last: int
+    is_refused: bool = False  # it has ended, whatever of it is still under way
 
 
 @dataclass
@@ -90,7 +91,7 @@ class Flight:
         self._all_held_until_s = 0.0
         self._end_to_end = Silence() if mode == "e2e" else None
         # A window that is half refused comes out of order: the first row alone finds out whether somebody listens.
-        self._probing_all = self._waits_for_all
+        self._probing_all = mode == "e2e"
         self.acknowledged = 0
         self.is_answered = False  # whether the broker has said anything of a row, on this connection
 
@@ -187,15 +188,10 @@ class Flight:
         with contextlib.suppress(StorageError):  # reported by whoever writes next; the rows go out once more
             self._mark()
         for sent in self._sent.values():
-            if sent.replay is not None and sent.row.cseq is not None:
+            if sent.replay is not None and not sent.replay.is_refused and sent.row.cseq is not None:
                 sent.replay.first = min(sent.replay.first, sent.row.cseq)
                 if sent.replay not in self._replays:
                     self._replays.appendleft(sent.replay)
-
-    @property
-    def _waits_for_all(self) -> bool:
-        """Whether a refusal of one topic holds up all: nothing may overtake where acknowledgements are one row of numbers."""
-        return self._end_to_end is not None
 
     def _is_backlog(self, row: Row) -> bool:
         return 0 < row.seq <= self._backlog_upto
@@ -206,9 +202,9 @@ class Flight:
         return problem is not None and problem.code == "M-NO-ACK"
 
     def _room(self, link: Link) -> int:
-        room = link.room
-        if self._end_to_end is not None:
-            room = min(room, E2E_WINDOW - len(self._end_to_end.waiting))
+        if self._end_to_end is None:
+            return link.room
+        room = min(link.room, E2E_WINDOW - len(self._end_to_end.waiting))
         return min(room, 1 - len(self._sent)) if self._probing_all else room
 
     def _main(self, link: Link) -> None:
@@ -228,7 +224,7 @@ class Flight:
 
     def _send_in_turn(self, link: Link, row: Row) -> bool:
         """A camera's first row on this connection goes alone; those behind it are held until it was accepted."""
-        is_probe = not self._waits_for_all and row.camera not in self._proven
+        is_probe = self._end_to_end is None and row.camera not in self._proven
         is_sent = self._send(link, row, is_probe=is_probe)
         if is_sent and is_probe:
             self._holds[row.camera] = _Hold(row.seq, 0.0)
@@ -342,9 +338,12 @@ class Flight:
             self._end_replay(sent.replay, problem)
 
     def _end_replay(self, replay: Replay, problem: Problem) -> None:
+        if replay.is_refused:  # by the row before this one
+            return
         log.warning("a replay of %s ends: %s", replay.camera, problem.text)
         with contextlib.suppress(ValueError):
             self._replays.remove(replay)
+        replay.is_refused = True
 
     def _hold(self, row: Row, problem: Problem) -> None:
         self._mark()  # what was accepted behind the row is not sent again
@@ -352,17 +351,16 @@ class Flight:
         if self._is_backlog(row):  # new results go on
             self._backlog_held_until_s, self._is_backlog_proven, self._backlog_after = until_s, False, 0
             self._problems[_BACKLOG] = problem
-        elif not self._waits_for_all:
+        elif self._end_to_end is None:
             before = self._holds.get(row.camera)
             after_seq = min(row.seq - 1, before.after_seq) if before else row.seq - 1
             self._holds[row.camera] = _Hold(after_seq, until_s)
             self._problems[row.camera] = problem
-        else:  # all wait, and begin again with the oldest
+        else:  # all wait, and begin again with the oldest: nothing may overtake where acknowledgements are one row of numbers
             self._all_held_until_s, self._probing_all = until_s, True
             self._after_seq = 0
             self._sent.clear()
-            if self._end_to_end is not None:
-                self._end_to_end.waiting.clear()
+            self._end_to_end.waiting.clear()
             self._problems[""] = problem
 
     def _look_for_silence(self) -> None:

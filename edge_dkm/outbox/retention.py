@@ -7,13 +7,16 @@ import logging
 from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from edge_dkm.clock import rfc3339, utc_now
 from edge_dkm.message import Gap
 from edge_dkm.outbox.file import WAL_BYTES
 from edge_dkm.outbox.row import Row, as_bytes, row_crc
 from edge_dkm.outbox.table import ROW_BYTES, Table
+
+if TYPE_CHECKING:
+    from edge_dkm.settings import DeliverySettings
 
 log = logging.getLogger(__name__)
 GapReason = Literal["drop_oldest", "drop_newest", "age", "row_corrupt", "disk_full"]
@@ -34,6 +37,12 @@ class Limits:
     max_age_h: float = 168
     keep_h: float = 72
     policy: Policy = "drop_oldest"
+
+    @classmethod
+    def of(cls, delivery: DeliverySettings) -> Limits:
+        """Those of a line file."""
+        max_bytes = int(delivery.max_mb * 1e6)
+        return cls(delivery.max_rows, max_bytes, delivery.max_age_h, delivery.keep_h, delivery.limit)
 
     @property
     def row_bytes(self) -> int:

@@ -13,21 +13,17 @@ import logging
 import os
 import socketserver
 import stat
-import threading
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from edge_dkm.errors import StorageError
-from edge_dkm.service.connections import Connections
+from edge_dkm.service.connections import REQUEST_S, BoundedServer
 from edge_dkm.set_aside import set_aside
 
 SOCKET = "admin.sock"
 MAX_PATH_BYTES = 107  # of sockaddr_un on Linux, without the closing NUL
 MAX_REQUEST_BYTES = 65_536
-MAX_CLIENTS = 8
-REQUEST_S = 5.0  # to send the whole request, and to take the answer
-POLL_S = 0.1
 
 log = logging.getLogger(__name__)
 Handler = Callable[[dict[str, Any]], dict[str, Any]]
@@ -70,15 +66,11 @@ class AdminServer:
             raise StorageError(
                 f"admin socket {path} cannot be made: {error.strerror or error}; give `state` another folder on a local disk"
             ) from None
-        self._thread = threading.Thread(target=self._server.serve_forever, args=(POLL_S,), name="admin", daemon=True)
-        self._thread.start()
+        self._server.start("admin")
 
     def close(self) -> None:
         """Stops listening, removes the socket and closes what is open."""
-        self._server.shutdown()
-        self._thread.join()
-        self._server.server_close()
-        self._server.connections.close()
+        self._server.stop()
         with contextlib.suppress(OSError):
             if self.path.stat().st_ino == self._inode:
                 self.path.unlink()
@@ -95,14 +87,9 @@ def _make_room(path: Path) -> None:
         log.warning("S-CORRUPT %s is no socket, moved to %s", path, set_aside(path))
 
 
-class _Server(socketserver.ThreadingUnixStreamServer):
-    daemon_threads = True
-    block_on_close = False
-    request_queue_size = 16
-
+class _Server(BoundedServer, socketserver.UnixStreamServer):
     def __init__(self, address: str, handlers: Mapping[str, Handler]) -> None:
         self.handlers = handlers
-        self.connections = Connections(MAX_CLIENTS, REQUEST_S)
         super().__init__(address, _Conversation)
 
     def server_bind(self) -> None:
@@ -111,24 +98,10 @@ class _Server(socketserver.ThreadingUnixStreamServer):
         super().server_bind()
         Path(str(self.server_address)).chmod(0o600)  # where the above is not so
 
-    def service_actions(self) -> None:
-        self.connections.expire()
-
-    def process_request(self, request: Any, client_address: Any) -> None:
-        if not self.connections.admit(request):
-            with contextlib.suppress(OSError):
-                request.setblocking(False)
-                request.send(_line(_refusal("the station is busy with other requests; try again", 1)))
-            self.shutdown_request(request)
-            return
-        super().process_request(request, client_address)
-
-    def shutdown_request(self, request: Any) -> None:
-        self.connections.forget(request)
-        super().shutdown_request(request)
-
-    def handle_error(self, request: Any, client_address: Any) -> None:
-        log.debug("an admin client went away", exc_info=True)
+    def turn_away(self, request: Any) -> None:
+        with contextlib.suppress(OSError):
+            request.setblocking(False)
+            request.send(_line(_refusal("the station is busy with other requests; try again", 1)))
 
 
 class _Conversation(socketserver.StreamRequestHandler):

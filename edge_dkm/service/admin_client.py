@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import socket
 import time
@@ -29,7 +30,8 @@ def ask(state: Path, verb: str, args: Plain | None = None, timeout_s: float = 10
         with short_address(path) as address, socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as connection:
             connection.settimeout(timeout_s)
             connection.connect(address)
-            connection.sendall(request)
+            with contextlib.suppress(BrokenPipeError):  # a busy station has answered and hung up already
+                connection.sendall(request)
             data = _read_line(connection, time.monotonic() + timeout_s)
     except (FileNotFoundError, NotADirectoryError, ConnectionRefusedError):
         raise EdgeError(
@@ -73,7 +75,7 @@ def _result(data: bytes, path: Path) -> dict[str, Any]:
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         shown = data[:60].decode("utf-8", "replace")
         raise EdgeError(
-            f"{path} answered {shown!r}, expected one line of JSON; is the station of the same version?"
+            f"{path} answered {shown!r}, expected one line of JSON; is the station of the same version, and still running?"
         ) from None
     if isinstance(result, dict):
         return result
@@ -144,9 +146,7 @@ def status_text(status: Plain) -> str:
         lines.append(("ready", f"no: {status.get('why') or 'see above'}"))
     if status.get("broker"):
         lines.append(("broker", str(status["broker"])))
-    lines += [
-        ("alarm", f"{alarm.get('code', '?')} {alarm.get('detail') or ''}".strip()) for alarm in status.get("alarms", [])
-    ]
+    lines += [("alarm", _alarm_text(alarm)) for alarm in status.get("alarms", [])]
     lines += [("camera", text) for text in _camera_lines(status)]
     lines += [("stage", text) for text in _stage_lines(status)]
     outbox = outbox_text(dict(status["outbox"])).splitlines() if "outbox" in status else []
@@ -158,6 +158,12 @@ def status_text(status: Plain) -> str:
     if status.get("clock_synced") is False:
         machine.append("the clock is not synchronised")
     return "\n".join([_table(lines), *outbox, *([_table([("machine", ", ".join(machine))])] if machine else [])])
+
+
+def _alarm_text(alarm: Plain) -> str:
+    """The detail begins with the code of the cause, which may be the alarm's own."""
+    code, detail = str(alarm.get("code", "?")), str(alarm.get("detail") or "")
+    return detail if detail.startswith(f"{code} ") else f"{code} {detail}".strip()
 
 
 def _camera_lines(status: Plain) -> Iterable[str]:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from edge_dkm.commands.replays import start_replay
 from edge_dkm.errors import UsageError
-from edge_dkm.line import outbox_status
 from edge_dkm.mqtt.delivery import Replay
 
 if TYPE_CHECKING:
@@ -17,21 +17,43 @@ def admin_handlers(line: Line) -> dict[str, Handler]:
     """By verb."""
     return {
         "status": lambda _: {**line.status(), "outbox": outbox_status(line)},
-        "outbox_status": lambda _: dict(outbox_status(line)),
+        "outbox_status": lambda _: outbox_status(line),
         "replay": lambda args: _replay(line, args),
         "purge": lambda _: {"rows": line.outbox.purge(), "left": line.outbox.status().rows},
     }
 
 
+def outbox_status(line: Line) -> dict[str, Any]:
+    """For `edge-dkm outbox status`."""
+    status = line.outbox.status()
+    return {
+        "rows": status.rows,
+        "bytes": status.bytes,
+        "oldest_s": round(status.oldest_s, 1),
+        "sent_rows": status.sent_rows,
+        "dropped": status.dropped,
+        "is_blocked": line.outbox.is_blocked,
+        "mode": line.settings.delivery.mode,
+        "epoch": line.outbox.epoch,
+        "last": line.outbox.last_cseq(),
+        "quarantined": str(line.outbox.quarantined) if line.outbox.quarantined else None,
+    }
+
+
 def _replay(line: Line, args: dict[str, Any]) -> dict[str, Any]:
+    """Without a camera of the first one, without a range of all."""
     camera = str(args.get("camera") or next(iter(line.captures)))
-    if camera not in line.captures:
-        raise UsageError(f"there is no camera {camera}, expected one of {', '.join(line.captures)}")
-    newest = line.outbox.last_cseq().get(camera, 0)
-    first, last = int(args.get("from") or 1), min(int(args.get("to") or newest), newest)
-    if first > last:
-        raise UsageError(f"cseq {first} to {last} is empty, the newest of camera {camera} is {newest}")
-    held = line.outbox.count_kept(camera, first, last)
-    if not line.publisher.replay(Replay(camera, line.outbox.epoch, first, last)):
-        raise UsageError("too many replays wait already; ask again later")
-    return {"camera": camera, "from": first, "to": last, "sent": held, "missing": last - first + 1 - held}
+    first, last = _cseq(args, "from", 1), _cseq(args, "to", line.outbox.last_cseq().get(camera, 0))
+    queued = start_replay(line, Replay(camera, line.outbox.epoch, first, last))
+    held = line.outbox.count_kept(camera, queued.first, queued.last)
+    missing = queued.last - queued.first + 1 - held
+    return {"camera": camera, "from": queued.first, "to": queued.last, "sent": held, "missing": missing}
+
+
+def _cseq(args: dict[str, Any], key: str, default: int) -> int:
+    value = args.get(key)
+    if value is None:
+        return default
+    if type(value) is not int or value < 1:
+        raise UsageError(f"{key} is {value!r}, expected a cseq: a whole number of at least 1")
+    return value

@@ -9,18 +9,14 @@ import json
 import logging
 import socket
 import socketserver
-import threading
 from collections.abc import Callable
 from dataclasses import dataclass
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from typing import Any
 
 from edge_dkm.errors import EdgeError
-from edge_dkm.service.connections import Connections
+from edge_dkm.service.connections import REQUEST_S, BoundedServer
 
-MAX_CLIENTS = 8
-REQUEST_S = 5.0  # to send the whole request, and to take the answer
-POLL_S = 0.1
 METRICS_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
 log = logging.getLogger(__name__)
@@ -52,27 +48,16 @@ class HealthServer:
                 f"health.host {host}, health.port {port} cannot be used: {reason}; give a free port and an address of this machine"
             ) from None
         self.port: int = self._server.server_address[1]
-        self._thread = threading.Thread(
-            target=self._server.serve_forever, args=(POLL_S,), name="http-health", daemon=True
-        )
-        self._thread.start()
+        self._server.start("http-health")
 
     def close(self) -> None:
         """Stops listening and closes what is open; does not wait for slow clients."""
-        self._server.shutdown()
-        self._thread.join()
-        self._server.server_close()
-        self._server.connections.close()
+        self._server.stop()
 
 
-class _Server(ThreadingHTTPServer):
-    daemon_threads = True
-    block_on_close = False
-    request_queue_size = 16
-
+class _Server(BoundedServer, HTTPServer):
     def __init__(self, answers: Answers, host: str, port: int) -> None:
         self.answers = answers
-        self.connections = Connections(MAX_CLIENTS, REQUEST_S)
         self.address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
         super().__init__((host, port), _Handler)
 
@@ -80,23 +65,6 @@ class _Server(ThreadingHTTPServer):
         # HTTPServer's own asks the DNS for the host's name, which takes seconds where there is none.
         socketserver.TCPServer.server_bind(self)
         self.server_name, self.server_port = str(self.server_address[0]), int(self.server_address[1])
-
-    def service_actions(self) -> None:
-        self.connections.expire()
-
-    def process_request(self, request: Any, client_address: Any) -> None:
-        if not self.connections.admit(request):
-            self.shutdown_request(request)
-            return
-        super().process_request(request, client_address)
-
-    def shutdown_request(self, request: Any) -> None:
-        self.connections.forget(request)
-        super().shutdown_request(request)
-
-    def handle_error(self, request: Any, client_address: Any) -> None:
-        # A client that goes away in mid-sentence is no event; the standard library would print a traceback.
-        log.debug("health request from %s failed", client_address, exc_info=True)
 
 
 class _Handler(BaseHTTPRequestHandler):

@@ -16,15 +16,13 @@ from collections.abc import Callable
 from datetime import UTC, datetime
 from typing import Any, Literal, TextIO
 
-from devices.sources import mask
+from devices.sources.masking import mask_text
 from edge_dkm.clock import rfc3339
 
 MAX_LINES, PER_S = 5, 60.0
 FIELDS = "dkm"  # the attribute of a log record that carries the fields
 MAX_TEXT = 4000
 
-_URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://[^\s'\"<>]+")
-_QUERY = re.compile(r"([?&](?:pass(?:word|wd)?|pwd|token|key|secret|auth)=)[^&\s'\"]+", re.IGNORECASE)
 _SECRET_KEY = re.compile(r"pass(word|wd|phrase)?$|secret|token$|^key$|credential", re.IGNORECASE)
 
 
@@ -89,7 +87,7 @@ class TextFormatter(logging.Formatter):
         super().__init__("%(asctime)s %(levelname)s %(message)s")
 
     def format(self, record: logging.LogRecord) -> str:
-        return without_secrets(super().format(record))
+        return mask_text(super().format(record))
 
 
 class JsonFormatter(logging.Formatter):
@@ -100,14 +98,14 @@ class JsonFormatter(logging.Formatter):
             "ts": rfc3339(datetime.fromtimestamp(record.created, UTC)),
             "level": record.levelname.lower(),
             "logger": record.name,
-            "message": without_secrets(record.getMessage())[:MAX_TEXT],
+            "message": mask_text(record.getMessage())[:MAX_TEXT],
         }
         fields = getattr(record, FIELDS, None)
         if isinstance(fields, dict):
             # A field may not stand in for what every line has.
             plain |= {key if key not in plain else f"{key}_": value for key, value in fields.items()}
         if record.exc_info and record.exc_info[0] is not None:
-            plain["exception"] = without_secrets(self.formatException(record.exc_info))[-MAX_TEXT:]
+            plain["exception"] = mask_text(self.formatException(record.exc_info))[-MAX_TEXT:]
         return json.dumps(plain, ensure_ascii=False, default=str)
 
 
@@ -119,11 +117,6 @@ def set_up(style: Literal["text", "json"], stream: TextIO | None = None) -> logg
     return handler
 
 
-def without_secrets(text: str) -> str:
-    """The text with the passwords in its addresses masked."""
-    return _QUERY.sub(r"\1***", _URL.sub(lambda found: mask(found[0]), text))
-
-
 def _clean(key: str, value: Any) -> Any:
     if _SECRET_KEY.search(key):
         return "***"
@@ -133,7 +126,7 @@ def _clean(key: str, value: Any) -> Any:
         return [_clean("", item) for item in value]
     if isinstance(value, bool | int | float):
         return value
-    return without_secrets(str(value))[:MAX_TEXT]
+    return mask_text(str(value))[:MAX_TEXT]
 
 
 def _word(value: Any) -> str:

@@ -164,8 +164,8 @@ def test_an_answer_that_does_not_confirm_what_was_written_is_an_error(answer: by
     listener.close()
 
 
-def give_up_on_a_dead_machine() -> None:
-    """An OK that gets no answer; raises ConnectionResetError if the machine's side is told to forget the connection."""
+def give_up_on_a_dead_machine() -> bytes:
+    """What comes of a request that gets no answer; raises ConnectionResetError if the machine's side is told to forget the connection."""
     listener = socket.create_server(("127.0.0.1", 0))
     port = listener.getsockname()[1]
     output = ModbusOutput(ModbusSettings(host="127.0.0.1", port=port, coil=COIL, timeout_s=0.2))
@@ -173,9 +173,11 @@ def give_up_on_a_dead_machine() -> None:
         output.set_ok()
     connection, _ = listener.accept()
     connection.settimeout(5)
+    received = b""
     with connection, listener:
-        while connection.recv(64):
-            pass
+        while piece := connection.recv(64):
+            received += piece
+    return received
 
 
 def test_what_was_given_up_is_not_delivered_later() -> None:
@@ -186,7 +188,7 @@ def test_what_was_given_up_is_not_delivered_later() -> None:
 
 def test_control_an_ordinary_close_goes_on_sending(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("devices.outputs.modbus.RESET_ON_CLOSE", struct.pack("ii", 0, 0))
-    give_up_on_a_dead_machine()
+    assert give_up_on_a_dead_machine()[7:10] == struct.pack(">BH", 5, COIL)  # function code and coil
 
 
 def test_settings_are_told_apart_by_kind() -> None:

@@ -12,6 +12,7 @@ from devices.frame import Cropper, Frame, Pacer
 from devices.settings import CameraSettings
 from devices.sources import is_live, mask, open_source, source_kind
 from devices.sources.live import LiveCapture
+from devices.sources.masking import mask_text
 from devices.sources.refusal import why_refused
 from devices.sources.synthetic import Conveyor, ConveyorOptions
 from tests.broker import free_port
@@ -177,3 +178,15 @@ def test_a_password_that_breaks_the_address_is_not_shown_in_pieces(url: str) -> 
     error = why_refused(url, mask(url))
     assert error.code == "C-SPEC" and "%2F" in str(error)
     assert "pa" not in str(error).split(" is no address")[0].partition("://")[2] and "12345" not in str(error)
+
+
+@pytest.mark.parametrize("name", ["password", "passphrase", "pas", "pwd", "access_token", "api.key", "secret", "sig"])
+def test_a_text_hides_what_an_address_hides_also_where_only_a_piece_of_it_is_left(name: str) -> None:
+    shown = f"http://cam/mjpg?user=a&{name}=***&w=640"
+    assert mask(shown.replace("***", "hunter2")) == shown
+    assert mask_text(f"cannot read '{shown.replace('***', 'hunter2')}'") == f"cannot read '{shown}'"
+    assert mask_text(f"GET /mjpg?{name}=hunter2&w=640 failed") == f"GET /mjpg?{name}=***&w=640 failed"
+
+
+def test_control_the_words_of_a_log_line_are_no_secrets() -> None:
+    assert mask_text("S-FULL key=top author=me 12:30") == "S-FULL key=top author=me 12:30"

@@ -16,9 +16,10 @@ from typing import Any
 import pytest
 
 from edge_dkm.errors import EdgeError, StorageError, UsageError
-from edge_dkm.service import admin
-from edge_dkm.service.admin import MAX_CLIENTS, MAX_PATH_BYTES, MAX_REQUEST_BYTES, SOCKET, AdminServer, Handler
+from edge_dkm.service import connections
+from edge_dkm.service.admin import MAX_PATH_BYTES, MAX_REQUEST_BYTES, SOCKET, AdminServer, Handler
 from edge_dkm.service.admin_client import ask, outbox_text, purge_text, replay_text, status_text
+from edge_dkm.service.connections import MAX_CLIENTS
 from tests.waiting import wait_until
 
 
@@ -114,7 +115,7 @@ def test_clients_that_hang_hurt_nobody(station: AdminServer) -> None:
 
 
 def test_a_client_that_says_nothing_is_cut_off(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(admin, "REQUEST_S", 0.2)
+    monkeypatch.setattr(connections, "REQUEST_S", 0.2)
     server = AdminServer(tmp_path / SOCKET, HANDLERS)
     with contextlib.closing(server), socket.socket(socket.AF_UNIX) as client:
         client.settimeout(20)
@@ -294,3 +295,17 @@ def test_a_station_is_shown_with_what_needs_a_word() -> None:
         "machine   900 MB disk free, the clock is not synchronised",
     ]
     assert status_text({"station": "st1"}) == "station   st1 running"
+
+
+def test_an_alarm_whose_detail_names_its_own_code_is_shown_with_one() -> None:
+    alarms = [
+        {"code": "M-NO-ACK", "detail": "M-NO-ACK no consumer acknowledges"},
+        {"code": "C-OFFLINE", "detail": "C-LOST camera top gives no frames"},
+        {"code": "X"},
+    ]
+    shown = [line for line in status_text({"alarms": alarms}).splitlines() if line.startswith("alarm")]
+    assert shown == [
+        "alarm     M-NO-ACK no consumer acknowledges",
+        "alarm     C-OFFLINE C-LOST camera top gives no frames",
+        "alarm     X",
+    ]

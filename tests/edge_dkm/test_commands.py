@@ -298,6 +298,14 @@ def test_commands_are_done_in_order_and_answered(start: Callable[..., Station]) 
     assert reply["schema"] == "dkm.reply/1" and reply["station"] == "st1" and reply["session"] == 7 and reply["ts"]
 
 
+def test_an_empty_message_which_clears_a_topic_is_not_answered(start: Callable[..., Station]) -> None:
+    station = start()
+    station.commands.submit(f"{BASE}/cmd/pause", b"", False)
+    station.commands.submit(f"{BASE}/cmd/pause", b" ", False)  # control: this is a message
+    station.answers(1)
+    assert [reply["code"] for reply in station.said] == ["CMD-JSON"] and station.commands.counts.unanswered == 1
+
+
 def test_the_same_id_is_answered_again_and_not_done_again(start: Callable[..., Station]) -> None:
     done: list[str] = []
     store = Memory()

@@ -225,6 +225,22 @@ def test_a_replay_that_the_broker_cut_off_goes_on_where_it_was(
     assert seen == list(range(seen[0], 501))
 
 
+def test_a_replay_that_nobody_reads_ends_and_that_is_said_once(
+    mosquitto: Mosquitto, subscribe: Subscribe, start_station: Start, caplog: pytest.LogCaptureFixture
+) -> None:
+    station = start_station(mosquitto.port)
+    station.commit(1, 5)
+    wait_until(lambda: station.problem.startswith("M-NO-CONSUMER"))
+    refused = station.publisher.codes[0x10]
+    station.publisher.replay(Replay("top", station.outbox.epoch, 1, 5))
+    wait_until(lambda: station.publisher.codes[0x10] >= refused + 5)
+    subscriber = subscribe(mosquitto.port, "dkm/v1/st1/+/result")
+    wait_until(lambda: station.outbox.status().rows == 0)
+    wait_until(lambda: numbers(subscriber.results()) == [1, 2, 3, 4, 5])
+    assert caplog.text.count("a replay of top ends") == 1
+    assert not any(m["historical"] for m in subscriber.of("dkm.result/1"))
+
+
 def test_a_topic_that_nobody_reads_does_not_hold_up_another(
     mosquitto: Mosquitto, subscribe: Subscribe, start_station: Start
 ) -> None:

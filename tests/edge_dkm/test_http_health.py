@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 
 from edge_dkm.errors import EdgeError
-from edge_dkm.service import http_health
-from edge_dkm.service.connections import Connections
-from edge_dkm.service.http_health import MAX_CLIENTS, Answers, HealthServer, Report
+from edge_dkm.service import connections, http_health
+from edge_dkm.service.connections import MAX_CLIENTS, Connections
+from edge_dkm.service.http_health import Answers, HealthServer, Report
 from tests.waiting import wait_until
 
 
@@ -165,7 +165,7 @@ def test_control_without_eviction_silent_clients_do_hold_up_the_others(server: H
 
 
 def test_a_client_that_trickles_is_cut_off(line: Line, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(http_health, "REQUEST_S", 0.3)
+    monkeypatch.setattr(connections, "REQUEST_S", 0.3)
     with contextlib.closing(HealthServer(line.answers())) as server, connect(server) as client:
         client.sendall(b"GET /healthz HTTP/1.1\r\n")
         client.settimeout(0.02)
@@ -211,7 +211,7 @@ def test_an_answer_that_cannot_be_given_is_no_good_health(server: HealthServer, 
 
 
 def test_close_does_not_wait_for_a_silent_client(line: Line, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(http_health, "REQUEST_S", 3600.0)
+    monkeypatch.setattr(connections, "REQUEST_S", 3600.0)
     monkeypatch.setattr(http_health._Handler, "timeout", 3600.0)
     server = HealthServer(line.answers())
     with connect(server) as client:

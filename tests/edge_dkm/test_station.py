@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import signal
 import socket
 import subprocess
@@ -18,11 +17,11 @@ from typing import Any
 import cv2
 import numpy as np
 import pytest
-import yaml
 
 from edge_dkm.mqtt.link import await_connack, open_link, publish, pump
 from edge_dkm.settings import LineSettings, MqttSettings
 from tests.broker import Mosquitto, Subscriber, free_port
+from tests.faults.station import RealStation
 from tests.plc import Plc
 from tests.waiting import wait_until
 
@@ -32,20 +31,12 @@ Make = Callable[..., LineSettings]
 Subscribe = Callable[..., Subscriber]
 
 
-class Process:
-    """`edge-dkm run` as a child, and what a MES does with it."""
+class Process(RealStation):
+    """A running `edge-dkm run`, and what a MES does with it."""
 
-    def __init__(self, settings: LineSettings, folder: Path, environment: dict[str, str] | None = None) -> None:
-        self.line = folder / "line.yaml"
-        self.line.write_text(yaml.safe_dump(settings.model_dump(mode="json", exclude_none=True)))
-        self.state = settings.state
+    def __init__(self, settings: LineSettings, folder: Path, variables: dict[str, str]) -> None:
+        super().__init__(settings, folder, "", "--log", "json", **variables)
         self._port = settings.mqtt.effective_port
-        self._log = (folder / "station.log").open("ab")
-        self.log = folder / "station.log"
-        command = [sys.executable, "-m", "edge_dkm", "run", str(self.line), "--log", "json"]
-        self.child = subprocess.Popen(
-            command, stdout=self._log, stderr=self._log, env={**os.environ, **(environment or {})}
-        )
 
     def ask(self, verb: str, command_id: str, args: dict[str, Any] | None = None, camera: str | None = None) -> None:
         """Publishes a command."""
@@ -73,13 +64,10 @@ class Process:
         return done.returncode == 0
 
     def end(self, number: signal.Signals = signal.SIGTERM) -> int:
-        """Sends a signal and waits."""
-        if self.child.poll() is None:
-            self.child.send_signal(signal.SIGCONT)
-            self.child.send_signal(number)
-        code = self.child.wait(30)
-        self._log.close()
-        return code
+        """Sends a signal, also to one that was stopped, and waits."""
+        self.process.send_signal(signal.SIGCONT)
+        self.process.send_signal(number)
+        return self.process.wait(30)
 
 
 @pytest.fixture
@@ -87,14 +75,13 @@ def run(tmp_path: Path) -> Iterator[Callable[..., Process]]:
     """Starts stations; all are ended at the end."""
     running: list[Process] = []
 
-    def start(settings: LineSettings, **environment: str) -> Process:
-        running.append(Process(settings, tmp_path, environment))
+    def start(settings: LineSettings, **variables: str) -> Process:
+        running.append(Process(settings, tmp_path / f"station-{len(running)}", variables))
         return running[-1]
 
     yield start
     for process in running:
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            process.end(signal.SIGKILL)
+        process.close()
 
 
 def looping(part_folder: Path, **more: str) -> str:
@@ -185,7 +172,7 @@ def test_pause_threshold_and_labels_hold_until_changed_and_over_a_restart(
     again = run(settings)
     wait_until(
         lambda: (
-            subscriber.of("dkm.state/1")[-1].get("reason", {}).get("code") == "PAUSED" and again.child.poll() is None
+            subscriber.of("dkm.state/1")[-1].get("reason", {}).get("code") == "PAUSED" and again.process.poll() is None
         )
     )
     wait_until(lambda: again.command("status")["counters"]["top"]["dropped"].get("paused", 0) >= 5)
@@ -290,14 +277,14 @@ def test_the_service_manager_hears_ready_and_a_regular_sign_of_life_and_nothing_
         heard = [manager.recv(1000) for _ in range(4)]
         assert heard[0] == b"READY=1" and heard.count(b"WATCHDOG=1") >= 1
         wait_until(lambda: len(subscriber.results()) >= 3)
-        station.child.send_signal(signal.SIGSTOP)
+        station.process.send_signal(signal.SIGSTOP)
         manager.settimeout(3.5)
         with contextlib.suppress(TimeoutError):  # what was on its way
             while manager.recv(1000):
                 pass
         with pytest.raises(TimeoutError):
             manager.recv(1000)
-        station.child.send_signal(signal.SIGCONT)
+        station.process.send_signal(signal.SIGCONT)
         assert station.end() == 0
         manager.settimeout(5)
         said = []

@@ -11,17 +11,8 @@ from typing import IO
 
 from configs import load_text
 from edge_dkm.settings import LineSettings
+from tests.conftest import TINY
 from tests.faults.failpoints import environment, hit_s
-
-TINY = """
-data: {{path: {path}}}
-preprocess: {{height_px: 24, width_px: 24}}
-encoder: {{name: mlp, hidden: [32], dim: 8}}
-pretrain: {{epochs: 3}}
-method: {{name: ae_kmeans, n_clusters: 3, n_init: 3}}
-novelty: {{target_frr: 0.1}}
-train: {{batch_size: 16, device: cpu}}
-"""
 
 
 def build_model(folder: Path) -> Path:
@@ -54,18 +45,19 @@ def line_settings(model: Path, state: Path, port: int, **sections: str) -> LineS
 class RealStation:
     """A running `edge-dkm run`; its log is `<folder>/station.log`. A context manager: it is killed at the end."""
 
-    def __init__(self, settings: LineSettings, folder: Path, failpoints: str = "", *words: str) -> None:
+    def __init__(
+        self, settings: LineSettings, folder: Path, failpoints: str = "", *words: str, **variables: str
+    ) -> None:
         folder.mkdir(parents=True, exist_ok=True)
-        self.folder = folder
-        line = folder / "line.yaml"
-        line.write_text(json.dumps(settings.model_dump(mode="json", exclude_none=True)))
+        self.folder, self.line = folder, folder / "line.yaml"
+        self.line.write_text(json.dumps(settings.model_dump(mode="json", exclude_none=True)))
         self._log: IO[bytes] = (folder / "station.log").open("wb")
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "edge_dkm", "run", str(line), *words],
+            [sys.executable, "-m", "edge_dkm", "run", str(self.line), *words],
             stdin=subprocess.DEVNULL,
             stdout=self._log,
             stderr=self._log,
-            env=environment(failpoints, folder / "failpoints"),
+            env=environment(failpoints, folder / "failpoints") | variables,
         )
 
     def __enter__(self) -> RealStation:
