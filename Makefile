@@ -3,7 +3,7 @@ VENV   := .venv
 PYTHON := $(VENV)/bin/python
 READY  := $(VENV)/.ready
 
-.PHONY: test demo check slow gate gpu chaos setup clean
+.PHONY: test demo check slow gate gpu chaos oldest runtimes setup clean
 
 setup: $(READY)
 
@@ -32,6 +32,20 @@ gate: $(READY)          ## regression gate on all of MNIST, three seeds: hours w
 
 gpu: $(READY)           ## tests that need a CUDA device
 	$(PYTHON) -m pytest -m gpu --timeout 1200
+
+oldest: $(READY)        ## the base install with the oldest versions (constraints-oldest.txt, without torch) gives the same answers
+	bash scripts/setup_oldest build
+	OMP_NUM_THREADS=1 $(PYTHON) -m tests.runtimes.prepare build/material-oldest --further 200
+	$(PYTHON) -m tests.runtimes build/material-oldest --only newest oldest
+	$(PYTHON) -m tests.runtimes.oldest build/material-oldest
+
+# ALLOW_MISSING="openvino web" accepts that these could not be set up or run; what was not run is said in any case.
+runtimes: $(READY)      ## the same file in onnxruntime newest and 1.17, OpenVINO, and onnxruntime-web in Chromium: ten minutes
+	-bash scripts/setup_oldest build
+	-bash scripts/setup_runtimes build
+	OMP_NUM_THREADS=1 $(PYTHON) -m tests.runtimes.prepare build/material
+	$(PYTHON) -m tests.runtimes build/material --allow-missing $(ALLOW_MISSING)
+	OMP_NUM_THREADS=1 EDGE_DKM_ALLOW_MISSING="$(ALLOW_MISSING)" $(PYTHON) -m pytest -m runtimes --timeout 3600
 
 check: $(READY)         ## lint and types
 	$(VENV)/bin/ruff check .

@@ -145,8 +145,8 @@ class CameraProcess:
         slot_bytes = self._ring.allocate(frame.image)
         if slot_bytes is not None:
             self._tell(event="ring", slot_bytes=slot_bytes)
-        self._ring.write(frame, shot.trigger_id)
-        self._send(b"S" + (shot.token or "").encode())
+        slot = self._ring.write(frame, shot.trigger_id)
+        self._send(b"S" + bytes([slot]) + (shot.token or "").encode())
 
     def _tell_progress(self, **message: object) -> None:
         fault = self._faulty_in_a_row[-1] if self._is_bad else None

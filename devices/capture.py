@@ -256,6 +256,7 @@ class Capture(threading.Thread):
                     return CameraError(message["code"], message["detail"])
                 patience = self._next_patience(message["event"], patience)
             heard_s = time.monotonic()  # after the shot: while `emit` blocks, the child may have to wait
+            message = None  # a shot that is kept here while nothing comes would keep its slot of the ring
 
     def _opening(self) -> _Patience:
         limit_s = self.settings.open_timeout_s if self._live else FOREVER_S

@@ -93,13 +93,13 @@ class Child:
             return None
         try:
             return self._read(data) if data else GONE
-        except (ValueError, KeyError, OSError, struct.error) as error:
+        except (ValueError, KeyError, IndexError, OSError, struct.error) as error:
             raise CameraError("C-CRASH", f"the camera process sends what cannot be read: {error!r}") from None
 
     def _read(self, data: bytes) -> dict[str, Any] | Shot:
         if data[0] == SHOT:
-            slot = self._ring.read()
-            return Shot(slot.frame, self._kind, slot.trigger_id, data[1:].decode() or None)
+            slot = self._ring.read(data[1])
+            return Shot(slot.frame, self._kind, slot.trigger_id, data[2:].decode() or None)
         message: dict[str, Any] = json.loads(data)
         if message["event"] == "ring":
             self._ring.attach(message["slot_bytes"])

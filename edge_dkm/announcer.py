@@ -14,6 +14,7 @@ from devices.sources import source_kind
 from edge_dkm import __version__
 from edge_dkm.clock import is_synced, rfc3339, utc_now
 from edge_dkm.health import rss_mb
+from edge_dkm.inspector import Inspector
 from edge_dkm.message import MESSAGES, CameraHealth, Health, Info, State
 from edge_dkm.results import model_info
 from edge_dkm.service.state_log import log_change
@@ -102,6 +103,7 @@ class Announcer:
                 "h": height,
                 "roi": capture.settings.roi,
             }
+        providers, precision, device = _providers(inspector), inspector.precision, _device(inspector)
         delivery = {"mode": line.settings.delivery.mode, "order": line.settings.delivery.order}
         versions = {"edge_dkm": __version__, "onnxruntime": ort.__version__, "python": platform.python_version()}
         line.publisher.announce(
@@ -111,8 +113,9 @@ class Announcer:
                     **self._common(session),
                     "model": model.model_dump(),
                     "clusters": clusters,
-                    "providers": {"requested": list(inspector.runtime.providers), "actual": inspector.providers},
-                    "precision": "fp32",
+                    "providers": providers,
+                    "precision": precision,
+                    "device": device,
                     "cameras": cameras,
                     "delivery": delivery,
                     "schemas": list(MESSAGES),
@@ -154,6 +157,23 @@ class Announcer:
 
     def _common(self, session: int) -> dict[str, Any]:
         return {"ts": rfc3339(utc_now()), "station": self._station, "session": session}
+
+
+def _providers(inspector: Inspector) -> dict[str, Any]:
+    ran = inspector.ran
+    return {"requested": list(inspector.runtime.providers), "actual": list(ran.actual), "kernels": ran.kernels}
+
+
+def _device(inspector: Inspector) -> dict[str, Any]:
+    runtime, ran = inspector.runtime, inspector.ran
+    return {
+        "title": runtime.device or runtime.providers[0],
+        "run_here": bool(runtime.run_here),
+        "head": ran.head,
+        "compile_s": round(ran.compile_s, 3),
+        "asked": ran.asked,
+        "why": ran.why,
+    }
 
 
 def _camera_fields(status: CameraStatus) -> dict[str, Any]:

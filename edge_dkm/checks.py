@@ -11,7 +11,8 @@ from importlib import metadata
 from pathlib import Path
 
 from devices.errors import CameraError, DeviceError
-from devices.providers import available_providers, installed_builds
+from devices.profile import shipped_profiles
+from devices.providers import available_providers, installed_builds, is_installed
 from devices.settings import CameraSettings
 from devices.sources import mask, open_source
 from edge_dkm.errors import EdgeError, UsageError
@@ -23,7 +24,7 @@ from edge_dkm.mqtt.embedded_broker import embedded_kind, find_mosquitto
 from edge_dkm.settings import EMBEDDED, LineSettings
 
 OPENCV_BUILDS = ("opencv-python", "opencv-python-headless", "opencv-contrib-python", "opencv-contrib-python-headless")
-REQUIRED = ("numpy", "onnxruntime", "paho-mqtt", "pydantic", "pyyaml", "cryptography")
+REQUIRED = ("numpy", "paho-mqtt", "pydantic", "pyyaml", "cryptography")
 MIN_FREE_MB = 500
 
 
@@ -51,11 +52,20 @@ def check_line(settings: LineSettings) -> Iterator[Finding]:
             "model",
             f"{one.metadata.model_id} {one.file.sha256[:12]}, {one.metadata.n_clusters} clusters, golden images agree on {one.providers[0]}",
         )
+        yield Finding("device", _device(settings.device, one))
     except (EdgeError, DeviceError) as error:
         yield _failed("model", error)
     for name, camera in settings.cameras.items():
         yield _camera(name, camera, inspectors.get(name))
     yield from _broker(settings)
+
+
+def _device(name: str, inspector: Inspector) -> str:
+    """The profile, and what really runs under it."""
+    runtime, ran = inspector.runtime, inspector.ran
+    mark = "" if runtime.run_here else " (never run by this project)"
+    why = f"; {ran.asked} was asked for: {ran.why}" if ran.why else ""
+    return f"{name}: {runtime.device}{mark}, {inspector.precision} on {', '.join(ran.actual)}{why}"
 
 
 def _camera(name: str, camera: CameraSettings, inspector: Inspector | None) -> Finding:
@@ -118,11 +128,16 @@ def examine() -> Iterator[Finding]:
     runtimes = installed_builds()
     yield Finding(
         "onnxruntime",
-        " and ".join(runtimes)
+        (" and ".join(runtimes) or "not installed; pip install onnxruntime")
         + (": they overwrite each other; uninstall all, then install one" if len(runtimes) > 1 else ""),
         0 if len(runtimes) == 1 else 1,
     )
     yield Finding("providers", ", ".join(available_providers()))
+    profiles = shipped_profiles()
+    marks = {name: "" if profile.run_here else " (never run by this project)" for name, profile in profiles.items()}
+    here = [name + marks[name] for name, profile in profiles.items() if is_installed(profile)]
+    missing = [name for name, profile in profiles.items() if not is_installed(profile)]
+    yield Finding("devices", f"{', '.join(here)}; need another onnxruntime: {', '.join(missing) or 'none'}")
     yield Finding(
         "gstreamer", "yes" if _has_gstreamer() else "no: wheels of OpenCV come without it; RTSP goes through FFmpeg"
     )

@@ -81,7 +81,17 @@ def _add_model_commands(commands: Any) -> None:
 
     verify = add_command(commands, "verify", _verify, "prove a model by its golden images on this device")
     verify.add_argument("model")
-    verify.add_argument("--device", default="cpu", metavar="PROFILE")
+    which = verify.add_mutually_exclusive_group()
+    which.add_argument("--device", default="cpu", metavar="PROFILE", help="a shipped profile or a YAML (default: cpu)")
+    which.add_argument("--all", action="store_true", help="every shipped profile whose providers this machine has")
+    verify.add_argument("--cache", type=Path, metavar="DIR", help="folder of compiled models")
+
+    warmup = add_command(commands, "warmup", _warmup, "compile a model ahead of time, so that a line starts at once")
+    warmup.add_argument("model", help="a model, or a line file: its models, device and cache")
+    warmup.add_argument("--device", metavar="PROFILE", help="with a model (default: cpu)")
+    warmup.add_argument(
+        "--cache", type=Path, metavar="DIR", help="with a model: the folder to fill; a line's is STATE/cache"
+    )
 
     bench = add_command(commands, "bench", _bench, "how fast this device runs a model")
     bench.add_argument("model")
@@ -93,6 +103,12 @@ def _add_model_commands(commands: Any) -> None:
         help="frame size (default: the training's, or 224x224 where that had several)",
     )
     bench.add_argument("--frames", type=_positive, default=200, metavar="N")
+    bench.add_argument(
+        "--state",
+        type=Path,
+        metavar="DIR",
+        help="a folder on the disk that results are to be committed to (default: temporary files)",
+    )
 
 
 def _add_line(parser: argparse.ArgumentParser) -> None:
@@ -202,18 +218,59 @@ def _score(arguments: argparse.Namespace) -> int:
 
 
 def _verify(arguments: argparse.Namespace) -> int:
-    from dataclasses import asdict
+    from edge_dkm.verification import not_installed, prove, prove_all
 
-    from edge_dkm.inspector import Inspector
-    from edge_dkm.models import runtime_of, verify_model
-
-    with Inspector(arguments.model, runtime=runtime_of(arguments.device, strict=True)) as inspector:
-        report = verify_model(inspector)
-    text = (
-        f"verified  {report.images} golden images on {report.providers[0]}: {report.ids_compared} ids equal, "
-        f"scores within {report.max_score_difference:.1e}, distances within {report.max_distance_difference:.1e}"
+    if not arguments.all:
+        proof = prove(arguments.model, arguments.device, arguments.cache)
+        show(arguments.json, proof.plain(), proof.text())
+        return 0
+    proofs = []
+    for proof in prove_all(arguments.model, arguments.cache):
+        proofs.append(proof)
+        if not arguments.json:
+            print(proof.text(), flush=True)
+    missing = not_installed()
+    show(
+        arguments.json,
+        {"profiles": [proof.plain() for proof in proofs], "not_installed": missing},
+        f"not here  {', '.join(missing) or 'none'}",
     )
-    show(arguments.json, asdict(report), text)
+    return 3 if any(proof.disagrees for proof in proofs) or not any(proof.report for proof in proofs) else 0
+
+
+def _warmup(arguments: argparse.Namespace) -> int:
+    from edge_dkm.errors import UsageError
+    from edge_dkm.models import runtime_of
+    from edge_dkm.settings import load_line
+    from edge_dkm.verification import line_models, warm
+
+    _log_to_stderr()
+    is_line = not arguments.model.endswith(".onnx")
+    if is_line and (arguments.device or arguments.cache):
+        raise UsageError(
+            f"{arguments.model} is a line file, whose device and cache are its own; leave out --device and --cache"
+        )
+    if is_line:
+        settings = load_line(arguments.model)
+        device, (models, runtime) = settings.device, line_models(settings)
+    else:
+        device, models = arguments.device or "cpu", [arguments.model]
+        runtime = runtime_of(device, strict=True, cache=arguments.cache)
+    rows = []
+    for model, proof in zip(models, warm(models, device, runtime), strict=True):
+        rows.append({"model": model, **proof.plain()})
+        if not arguments.json and proof.ran is not None:
+            where = (
+                f"kept in {proof.ran.cache}"
+                if proof.ran.cache
+                else "nothing to keep: this device compiles nothing, or has no --cache"
+            )
+            print(
+                f"warm      {model} on {proof.title} after {proof.ran.compile_s:.1f} s, {where}\n{proof.text()}",
+                flush=True,
+            )
+    if arguments.json:
+        show(True, rows, "")
     return 0
 
 
@@ -245,12 +302,12 @@ def _say(findings: Iterable[Finding], as_json: bool) -> int:
 
 
 def _bench(arguments: argparse.Namespace) -> int:
-    from edge_dkm.bench import bench
+    from edge_dkm.bench import BenchOptions, bench
     from edge_dkm.inspector import Inspector
     from edge_dkm.models import runtime_of
 
     with Inspector(arguments.model, runtime=runtime_of(arguments.device, strict=True)) as inspector:
-        report = bench(inspector, arguments.size, arguments.frames)
+        report = bench(inspector, BenchOptions(arguments.size, arguments.frames, arguments.state))
     show(arguments.json, report.plain(), report.text())
     return 0
 

@@ -6,10 +6,8 @@ Imports neither `devices` nor `configs`: a host program may have folders of thos
 from __future__ import annotations
 
 import copy
-import logging
-import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 
@@ -31,28 +29,18 @@ from edge_dkm.contract import (
     parse_metadata,
 )
 from edge_dkm.decision import Decision, Policy, Reason
-from edge_dkm.errors import ContractError, FrameError, InspectionError, ModelError, UsageError
+from edge_dkm.errors import ContractError, FrameError, InspectionError, UsageError
+from edge_dkm.head import Outputs, compute_head, is_whole
+from edge_dkm.lowered import open_lowered
 from edge_dkm.model_file import ModelFile, read_model
+from edge_dkm.runtime import Runtime
+from edge_dkm.session import Opened, Ran, first_line, open_first, open_tried, runs_on_cpu_alone
 
-log = logging.getLogger(__name__)
+__all__ = ["FETCHED", "Frame", "Inspection", "Inspector", "Outputs", "Runtime"]
 
 Frame = NDArray[np.uint8]
-Outputs = dict[str, NDArray[np.generic]]
-_PLACE = re.compile(
-    r"/onnxruntime_src/\S+ .*?\) (?=[A-Z])"
-)  # where in its source; hides the reason in the first 300 characters
+Vector = NDArray[np.float32]
 FETCHED = ("cluster_id", "distance", "novelty_score", "p_value", "is_novel", "distances")
-
-
-@dataclass(frozen=True)
-class Runtime:
-    """How onnxruntime runs the graph. `threads` 0: one per core. `spinning` burns a core to shave microseconds off a busy line."""
-
-    providers: Sequence[str] = ("CPUExecutionProvider",)
-    options: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
-    threads: int = 0
-    spinning: bool = False
-    strict: bool = True
 
 
 @dataclass(frozen=True)
@@ -81,13 +69,14 @@ class Inspector:
     Args:
         model: path of a file written by dkm-export, or its bytes.
         codebook: a station codebook that replaces the graph's own centroids, radii and calibration as a whole.
-        runtime: execution providers and threads.
+        runtime: execution providers, threads, precision, warm-up; `ran` says what became of it.
         policy: what the line makes of clusters; without one, the verdicts written into the graph.
         novelty_threshold: moves the edge (default: the graph's, 1.0); higher lets more through.
 
     Raises:
-        ModelError: not a model, damaged, or a provider that did not load (with `runtime.strict`).
+        ModelError: not a model, damaged, or a provider that did not load or runs nothing of it (with `runtime.strict`).
         ContractError: a model of another contract.
+        UsageError: a precision that the provider does not have, a threshold or policy that makes no sense.
     """
 
     def __init__(
@@ -101,9 +90,9 @@ class Inspector:
     ) -> None:
         self.file: ModelFile = read_model(model)
         self.runtime = runtime or Runtime()
-        self._session: ort.InferenceSession | None = _open_session(self.file, self.runtime)
-        self.metadata: Metadata = parse_metadata(self._session.get_modelmeta().custom_metadata_map, self.file.name)
-        _check_contract(self._session, self.metadata, self.file.name)
+        self.metadata, opened = _open_model(self.file, self.runtime)
+        self.ran: Ran = opened.ran
+        self._session: ort.InferenceSession | None = opened.session
         self.codebook: Codebook | None = None
         if codebook is not None:
             self.codebook = read_codebook(
@@ -112,7 +101,7 @@ class Inspector:
                 n_clusters=self.metadata.n_clusters,
                 embed_dim=self.metadata.embed_dim,
             )
-        self._feed: dict[str, NDArray[np.float32]] = dict(self.codebook.tensors) if self.codebook else {}
+        self._feed: dict[str, Vector] = dict(self.codebook.tensors) if self.codebook else {}
         self.default_threshold = _default_threshold(self.metadata)
         self.novelty_threshold = self.default_threshold
         if novelty_threshold is not None:
@@ -125,8 +114,14 @@ class Inspector:
 
     @property
     def providers(self) -> list[str]:
-        """What onnxruntime really runs the graph on, in order."""
-        return list(self._open().get_providers())
+        """What really runs the graph, in order; those that run nothing of it are left out where that is known."""
+        self._open()
+        return list(self.ran.actual)
+
+    @property
+    def precision(self) -> str:
+        """Of what really runs: the file's (fp32 or int8), unless the provider lowers it."""
+        return self.metadata.precision if self.ran.precision == "fp32" else self.ran.precision
 
     def set_novelty_threshold(self, threshold: float) -> None:
         """Moves the edge from the next frame on; must be a finite number greater than 0."""
@@ -159,19 +154,60 @@ class Inspector:
         outputs = self.run(checked[0][None] if len(checked) == 1 else np.stack(checked), FETCHED)
         return [self._inspection(outputs, n) for n in range(len(frames))]
 
-    def run(
-        self, image: Frame, names: Sequence[str], overrides: Mapping[str, NDArray[np.float32]] | None = None
-    ) -> Outputs:
-        """The graph's own outputs for `image` (N, H, W, 3) uint8. `overrides` replace this inspector's codebook and threshold."""
+    def shares_runs_with(self, other: Inspector) -> bool:
+        """Whether the two are one loaded model with one codebook, so that `inspect_for` may judge frames of both."""
+        return self._session is other._session and self.codebook is other.codebook
+
+    def inspect_for(self, twins: Sequence[Inspector], frames: Sequence[Frame]) -> list[Inspection | InspectionError]:
+        """One run for frames of one size, each judged by the threshold and labels of its own twin; an answer or an error per frame.
+
+        Raises:
+            InspectionError: the run as a whole failed, or a frame does not fit; then none has an answer.
+        """
+        outputs = self.run(np.stack([self._checked(frame) for frame in frames]), FETCHED)
+        answers: list[Inspection | InspectionError] = []
+        for n, twin in enumerate(twins):
+            # The graph compares with one threshold for the whole run; this is the same comparison, in float32.
+            is_novel = np.asarray(outputs["novelty_score"] > np.float32(twin.novelty_threshold))
+            try:
+                answers.append(twin._inspection({**outputs, "is_novel": is_novel}, n))
+            except InspectionError as error:
+                answers.append(error)
+        return answers
+
+    def run(self, image: Frame, names: Sequence[str], overrides: Mapping[str, Vector] | None = None) -> Outputs:
+        """The graph's own outputs for `image` (N, H, W, 3) uint8. `overrides` replace this inspector's codebook and threshold.
+
+        Where the provider ignores overrides, what depends on them is computed from the graph's `embedding` (edge_dkm/head.py).
+
+        Raises:
+            InspectionError: the graph failed.
+            UsageError: overrides that hold a part of a codebook.
+        """
+        feed = self._feed if overrides is None else overrides
+        if self.ran.head == "graph" or not feed:
+            return self._run(image, names, feed)
+        threshold = float(feed[THRESHOLD.name][0]) if THRESHOLD.name in feed else self.default_threshold
+        if is_whole(feed):
+            embedding = np.asarray(self._run(image, ("embedding",), {})["embedding"], np.float32)
+            outputs = compute_head(embedding, feed, threshold, l2=self.metadata.l2)
+        else:
+            outputs = self._run(image, tuple({*names, "novelty_score"} - {"is_novel"}), {})
+            outputs["is_novel"] = np.asarray(outputs["novelty_score"] > np.float32(threshold))
+        return {name: outputs[name] for name in names}
+
+    def _run(self, image: Frame, names: Sequence[str], feed: Mapping[str, Vector]) -> Outputs:
         session = self._open()
-        feed = {IMAGE: image, **(self._feed if overrides is None else overrides)}
         options = ort.RunOptions()
         self._runs.add(options)
         try:
-            values = session.run(list(names), feed, options)
+            if self.runtime.io_binding:
+                values = _run_bound(session, {IMAGE: image, **feed}, names, options)
+            else:
+                values = session.run(list(names), {IMAGE: image, **feed}, options)
         except Exception as error:  # onnxruntime raises many types; none of them may end the line
             raise InspectionError(
-                "R-RUNTIME", f"{self.file.name} failed on a frame of {image.shape}: {_first_line(error)}"
+                "R-RUNTIME", f"{self.file.name} failed on a frame of {image.shape}: {first_line(error)}"
             ) from error
         finally:
             self._runs.discard(options)
@@ -257,40 +293,31 @@ class Inspector:
         )
 
 
-def _open_session(file: ModelFile, runtime: Runtime) -> ort.InferenceSession:
-    available = ort.get_available_providers()
-    missing = [provider for provider in runtime.providers if provider not in available]
-    if missing and runtime.strict:
-        raise ModelError(
-            f"this onnxruntime has no {missing[0]}, it has {', '.join(available)}; install the build for it, or choose another device"
-        )
-    wanted = [provider for provider in runtime.providers if provider in available] or ["CPUExecutionProvider"]
-    options = ort.SessionOptions()
-    options.log_severity_level = 3  # a warning per overridable initialiser would bury everything else
-    options.intra_op_num_threads = runtime.threads
-    options.inter_op_num_threads = 1
-    # The digest covers this file alone: weights beside it, or in the working directory, are never read.
-    options.add_session_config_entry("session.model_external_initializers_file_folder_path", "/nonexistent")
-    options.add_session_config_entry("session.intra_op.allow_spinning", "1" if runtime.spinning else "0")
-    try:
-        session = ort.InferenceSession(
-            file.data, options, providers=[(p, dict(runtime.options.get(p, {}))) for p in wanted]
-        )
-    except Exception as error:  # onnxruntime raises many types for a file that is no model
-        if "xternal data" in str(error):
-            raise ModelError(
-                f"{file.name} keeps its weights in other files (external data), expected one file; write it again with dkm-export"
-            ) from error
-        raise ModelError(
-            f"{file.name} ({len(file.data)} bytes) cannot be loaded as an ONNX model: {_first_line(error)}"
-        ) from error
-    silent = [provider for provider in wanted if provider not in session.get_providers()]
-    if silent and runtime.strict:
-        raise ModelError(
-            f"onnxruntime fell back from {silent[0]} to {', '.join(session.get_providers())} for {file.name}; "
-            f"its driver or library is missing (strict_provider: false accepts the fallback)"
-        )
-    return session
+def _open_model(file: ModelFile, runtime: Runtime) -> tuple[Metadata, Opened]:
+    """Checks the contract before a provider compiles anything, which may take minutes."""
+    first = open_first(file, runtime)
+    metadata = parse_metadata(first.session.get_modelmeta().custom_metadata_map, file.name)
+    _check_contract(first.session, metadata, file.name)
+    is_lowered = runtime.precision != "fp32" and not runs_on_cpu_alone(runtime)
+    return metadata, (open_lowered if is_lowered else open_tried)(file, metadata, runtime, first)
+
+
+def _run_bound(
+    session: ort.InferenceSession,
+    feed: Mapping[str, NDArray[np.generic]],
+    names: Sequence[str],
+    options: ort.RunOptions,
+) -> list[NDArray[np.generic]]:
+    """For GPUs: inputs are bound where they lie, outputs come back in one step. On a GPU it was never run by this project."""
+    binding = session.io_binding()
+    for name, value in feed.items():
+        binding.bind_cpu_input(name, np.ascontiguousarray(value))
+    for name in names:
+        binding.bind_output(name)  # to the processor's memory: a few numbers per frame
+    binding.synchronize_inputs()
+    session.run_with_iobinding(binding, options)
+    binding.synchronize_outputs()
+    return list(binding.copy_outputs_to_cpu())
 
 
 def _check_contract(session: ort.InferenceSession, metadata: Metadata, name: str) -> None:
@@ -309,8 +336,3 @@ def _check_contract(session: ort.InferenceSession, metadata: Metadata, name: str
 def _default_threshold(metadata: Metadata) -> float:
     threshold = metadata.novelty.get("threshold")
     return float(threshold) if isinstance(threshold, int | float) else 1.0
-
-
-def _first_line(error: BaseException) -> str:
-    text = str(error).strip() or type(error).__name__
-    return _PLACE.sub("", text.splitlines()[0])[:300]

@@ -168,10 +168,25 @@ class InfoCluster(Message):
 
 
 class Providers(Message):
-    """What the device profile asks for, and what onnxruntime runs on."""
+    """What the device profile asks for, and what runs the graph; `kernels`: how many of one frame ran on each, where they are several."""
 
     requested: list[str]
     actual: list[str]
+    kernels: dict[str, int] | None = None
+
+
+class InfoDevice(Message):
+    """The device profile. `run_here`: whether this project has ever run it; `asked`: the precision it asks for, `why`: why not used.
+
+    `head`: who computes cluster and novelty where a codebook or threshold is replaced.
+    """
+
+    title: str
+    run_here: bool
+    head: Literal["graph", "runtime"]
+    compile_s: float
+    asked: str
+    why: Detail | None = None
 
 
 class InfoCamera(Message):
@@ -198,6 +213,7 @@ class Info(Announcement):
     clusters: list[InfoCluster]
     providers: Providers
     precision: str
+    device: InfoDevice | None = None
     cameras: dict[str, InfoCamera]
     delivery: InfoDelivery
     schemas: list[str]

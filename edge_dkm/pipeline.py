@@ -24,6 +24,7 @@ from devices.settings import CameraSettings
 from devices.triggers import Shot
 from edge_dkm.errors import FrameError, InspectionError
 from edge_dkm.health import Stage
+from edge_dkm.inspecting import Answer, Inspecting
 from edge_dkm.inspector import Inspection, Inspector
 from edge_dkm.message import ModelInfo, Part, TriggerInfo, new_result_id
 from edge_dkm.outbox import Draft, Intent, Numbers, Outbox
@@ -86,11 +87,7 @@ class Observer(Protocol):
 @dataclass(frozen=True)
 class _Done:
     draft: Draft
-    case: Case
-    inspection: Inspection | None
-    error: InspectionError | None
-    clockings: Clockings
-    image: NDArray[np.uint8] | None = None
+    answer: Answer
 
 
 class Pipeline:
@@ -111,14 +108,14 @@ class Pipeline:
         self.failed: BaseException | None = None
         self.observer: Observer | None = None
         self.is_paused = False
-        self._inspectors, self._topic_of, self._on_event = inspectors, topic_of, on_event
+        self._topic_of, self._on_event = topic_of, on_event
         self._models: dict[str, ModelInfo] = {name: model_info(inspector) for name, inspector in inspectors.items()}
         self._buffer = ShotBuffer({name: camera.policy for name, camera in cameras.items()}, self.tallies)
         self._results: queue.Queue[_Done | None] = queue.Queue(MAX_UNCOMMITTED)
         self._promised: dict[str, tuple[Case, float]] = {}  # token -> (case, monotonic seconds at which it fails)
         self._promise_lock = threading.Lock()
         self._promises: Counter[str] = Counter()
-        self._inferring_since_s: float | None = None
+        self._inspecting = Inspecting(cameras, inspectors, lambda: self.stages["infer"].progress(0))
         self._first: Sequence[Draft] = ()
         self._trim_due_s = time.monotonic()
         self._threads = [
@@ -126,7 +123,7 @@ class Pipeline:
             for name, work in (("infer", self._inspect_all), ("commit", self._commit_all))
         ]
         self.stages = {
-            "infer": Stage(lambda: len(self._buffer) > 0 or self._inferring_since_s is not None, self.blocked),
+            "infer": Stage(lambda: len(self._buffer) > 0 or self._inspecting.since_s is not None, self.blocked),
             "commit": Stage(lambda: not self._results.empty() or outbox.is_blocked, self.blocked),
         }
 
@@ -138,6 +135,7 @@ class Pipeline:
     def start(self, first: Sequence[Draft] = ()) -> None:
         """Starts the threads; `first` is committed before anything else."""
         self._first = first
+        self._inspecting.batching.measure()
         for thread in self._threads:
             thread.start()
 
@@ -185,7 +183,7 @@ class Pipeline:
                 text = f"camera {case.camera} gave no frame for the announced part in time"
                 error = InspectionError("R-NO-FRAME", text)
                 try:
-                    self._results.put_nowait(self._done(case, None, error, Clockings(now_s, now_s)))
+                    self._results.put_nowait(self._done(Answer(case, None, error, Clockings(now_s, now_s))))
                 except queue.Full:  # the disk is behind: a turn later
                     break
                 del self._promised[token]
@@ -208,10 +206,7 @@ class Pipeline:
 
     def interrupt_slow(self, timeout_s: float) -> None:
         """Stops an inference that has taken longer than that; the part ends in a declared failure."""
-        since_s = self._inferring_since_s
-        if since_s is not None and time.monotonic() - since_s > timeout_s:
-            for inspector in self._inspectors.values():
-                inspector.interrupt()
+        self._inspecting.interrupt_slow(timeout_s)
 
     def finish(self, patience_s: float, is_hurried: Callable[[], bool] = lambda: False) -> bool:
         """Takes no more shots, inspects and commits what waits; a slow model may take its time. False where nothing is done for `patience_s`.
@@ -281,38 +276,16 @@ class Pipeline:
         self._on_event()
 
     def _inspect_all(self) -> None:
-        while (found := self._buffer.get()) is not None:
-            case, shot = found
-            self._results.put(self._inspect(case, shot))
-            self.stages["infer"].progress()
+        while (answers := self._inspecting.next_answers(self._buffer)) is not None:
+            for answer in answers:
+                self._results.put(self._done(answer))
+                self.stages["infer"].progress()
+                del answer  # while this waits for the next shot, it must not hold a picture of the ring
+            del answers
         self._results.put(None)
 
-    def _inspect(self, case: Case, shot: Shot) -> _Done:
-        self._inferring_since_s = started_s = time.monotonic()
-        deadline_ms = self.cameras[case.camera].deadline_ms
-        inspection: Inspection | None = None
-        error: InspectionError | None = None
-        try:
-            _check_deadline(case, deadline_ms, started_s)
-            if shot.frame.fault is not None:
-                raise FrameError(shot.frame.fault.code, shot.frame.fault.detail)
-            inspection = self._inspectors[case.camera].inspect(shot.frame.image)
-            _check_deadline(case, deadline_ms, time.monotonic())
-        except InspectionError as caught:
-            inspection, error = None, caught
-        finally:
-            self._inferring_since_s = None
-        image = None if shot.frame.fault else shot.frame.image
-        return self._done(case, inspection, error, Clockings(started_s, time.monotonic()), image)
-
-    def _done(
-        self,
-        case: Case,
-        inspection: Inspection | None,
-        error: InspectionError | None,
-        clockings: Clockings,
-        image: NDArray[np.uint8] | None = None,
-    ) -> _Done:
+    def _done(self, answer: Answer) -> _Done:
+        case, inspection, error, clockings = answer.case, answer.inspection, answer.error, answer.clockings
         model = self._models[case.camera]
 
         def render(numbers: Numbers) -> bytes:
@@ -321,7 +294,7 @@ class Pipeline:
             return fitted(without_answer(case, numbers, error or InspectionError("R-UNKNOWN", "no answer"), model))
 
         draft = Draft(case.camera, self._topic_of(case.camera), case.result_id, render)
-        return _Done(draft, case, inspection, error, clockings, image)
+        return _Done(draft, answer)
 
     def _commit_all(self) -> None:
         is_last = False
@@ -333,6 +306,7 @@ class Pipeline:
             batch, is_last = self._next_batch()
             if batch:
                 self._commit(batch)
+            del batch  # it holds pictures of the cameras' rings
             if time.monotonic() >= self._trim_due_s:  # here, since a slow disk must not hold up the supervisor
                 self.outbox.trim()
                 self._trim_due_s = time.monotonic() + TRIM_EVERY_S
@@ -341,7 +315,7 @@ class Pipeline:
         self.outbox.commit([done.draft for done in batch])
         now_s = time.monotonic()
         for done in batch:
-            self._tally(done, now_s)
+            self._tally(done.answer, now_s)
         self.stages["commit"].progress(len(batch))
         self._on_event()
 
@@ -360,26 +334,18 @@ class Pipeline:
                 return batch, False
         return batch, True
 
-    def _tally(self, done: _Done, now_s: float) -> None:
-        tally = self.tallies[done.case.camera]
-        if isinstance(done.error, FrameError):
+    def _tally(self, answer: Answer, now_s: float) -> None:
+        tally = self.tallies[answer.case.camera]
+        if isinstance(answer.error, FrameError):
             tally.bad += 1
         else:
             tally.results += 1
         timings = None
-        if done.inspection is not None:
-            timing = done.clockings.timing(done.case)
-            timings = Timings(timing.infer, timing.total, (now_s - done.case.captured_s) * 1000)
+        if answer.inspection is not None:
+            timing = answer.clockings.timing(answer.case)
+            timings = Timings(timing.infer, timing.total, (now_s - answer.case.captured_s) * 1000)
             self.timings.append(timings)
-        outcome = Outcome(done.case, done.inspection, done.error, timings, done.image)
+        outcome = Outcome(answer.case, answer.inspection, answer.error, timings, answer.image)
         tally.verdicts[outcome.verdict] += 1
         if self.observer is not None:
             self.observer.committed(outcome)
-
-
-def _check_deadline(case: Case, deadline_ms: int | None, now_s: float) -> None:
-    late_ms = (now_s - case.fired_s) * 1000
-    if deadline_ms is not None and late_ms > deadline_ms:
-        raise InspectionError(
-            "R-DEADLINE", f"no answer within deadline_ms {deadline_ms} ({late_ms:.0f} ms after the trigger)"
-        )

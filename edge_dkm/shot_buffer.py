@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections import Counter, deque
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -69,6 +69,19 @@ class ShotBuffer:
                     self._changed.notify_all()
                     return found
             return None
+
+    def get_also(self, fits: Callable[[tuple[Case, Shot]], bool], limit: int) -> list[tuple[Case, Shot]]:
+        """Up to `limit` shots that wait now: the eldest of each camera whose eldest fits, in turn. Waits for nothing."""
+        found: list[tuple[Case, Shot]] = []
+        with self._changed:
+            for camera in list(self._turn):
+                waiting = self._waiting[camera]
+                if len(found) < limit and waiting and fits(waiting[0]):
+                    found.append(waiting.popleft())
+                    self._turn.remove(camera)
+                    self._turn.append(camera)
+            self._changed.notify_all()
+        return found
 
     def close(self) -> None:
         """No more shots are taken; those waiting are still handed out."""

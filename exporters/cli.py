@@ -7,8 +7,12 @@ import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from configs.command import Parser, guarded, show
+
+if TYPE_CHECKING:
+    from exporters.int8 import Int8
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -23,7 +27,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--device", metavar="PROFILE", help="check that this device profile can run it (a shipped name or a YAML file)"
     )
     parser.add_argument("--frame", type=_frame, metavar="HxW", help="fix the input size (default: any size)")
-    parser.add_argument("--int8", action="store_true", help="quantise the encoder (not built yet)")
+    parser.add_argument(
+        "--int8",
+        action="store_true",
+        help="quantise the encoder to int8, if that keeps the answers and is faster here; else fp32 is written, and why",
+    )
     parser.add_argument("--json", action="store_true", help="print the result as JSON")
     parser.set_defaults(handler=_export)
     return guarded(parser, argv)
@@ -37,16 +45,15 @@ def _frame(text: str) -> tuple[int, int]:
 
 
 def _export(arguments: argparse.Namespace) -> int:
-    if arguments.int8:
-        print("dkm-export: --int8 is not built yet", file=sys.stderr)
-        return 2
     from devices.profile import load_profile
     from exporters.export import ExportOptions, export_run
     from trainer.artifact import load_run
     from trainer.provenance import novelty_sentence
 
     profile = load_profile(arguments.device) if arguments.device else None
-    exported = export_run(load_run(arguments.run), arguments.out, ExportOptions(arguments.frame, profile))
+    exported = export_run(
+        load_run(arguments.run), arguments.out, ExportOptions(arguments.frame, profile, arguments.int8)
+    )
     lines = [
         f"model     {exported.path}  sha256 {exported.sha256[:12]}",
         f"verified  {exported.golden_images} golden images; PyTorch and onnxruntime differ by at most "
@@ -59,6 +66,8 @@ def _export(arguments: argparse.Namespace) -> int:
     ]
     if exported.rejected:
         lines.append(f"          calibrated without the rejected clusters {', '.join(exported.rejected)}")
+    if exported.int8 is not None:
+        lines.append(f"precision {_int8_sentence(exported.int8)}")
     if profile is not None and not profile.run_here:
         lines.append(
             f"device    {profile.title}: written from documentation, not run by this project; `edge-dkm verify` proves it on the device"
@@ -72,10 +81,22 @@ def _export(arguments: argparse.Namespace) -> int:
             "novelty": exported.novelty,
             "max_score_difference": exported.parity.max_score_difference,
             "clusters": exported.clusters,
+            "quantization": exported.int8.plain() if exported.int8 else None,
         },
         "\n".join(lines),
     )
     return 0
+
+
+def _int8_sentence(int8: Int8) -> str:
+    if int8.report is None or int8.reasons:
+        return f"fp32; int8 is not kept: {'; '.join(int8.reasons)}"
+    report = int8.report
+    rate = "" if report.frr is None else f", false rejects {report.frr:.2%}"
+    return (
+        f"int8: ids agree on {report.agreement:.2%} of {report.frames} held-out frames (worst cluster {report.cluster_agreement:.2%}), "
+        f"scores correlate by {report.spearman:.4f}{rate}, {report.speed:.2f} times as fast as fp32 here"
+    )
 
 
 if __name__ == "__main__":

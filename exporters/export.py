@@ -21,6 +21,7 @@ from edge_dkm.inspector import Inspector
 from edge_dkm.model_file import digest_path, golden_path
 from exporters.errors import ExportError
 from exporters.graph import FusedModel
+from exporters.int8 import Fp32, Int8, try_int8
 from exporters.trace import trace
 from exporters.verify import Parity, check_parity, make_golden
 from trainer import golden
@@ -32,15 +33,16 @@ from trainer.preprocess import AliasError
 
 @dataclass(frozen=True)
 class ExportOptions:
-    """`frame` (height, width) fixes the input size; `profile` is checked for what it can run."""
+    """`frame` (height, width) fixes the input size; `profile` is checked for what it can run; `int8` quantises the encoder."""
 
     frame: tuple[int, int] | None = None
     profile: DeviceProfile | None = None
+    int8: bool = False
 
 
 @dataclass(frozen=True)
 class Exported:
-    """What was written and what was proven."""
+    """What was written and what was proven. `int8`: what came of quantising, None where it was not asked for."""
 
     path: Path
     sha256: str
@@ -49,6 +51,7 @@ class Exported:
     novelty: dict[str, Any]
     clusters: list[dict[str, Any]]
     rejected: list[str]
+    int8: Int8 | None = None
 
 
 def export_run(run: Run, path: Path, options: ExportOptions | None = None) -> Exported:
@@ -68,10 +71,17 @@ def export_run(run: Run, path: Path, options: ExportOptions | None = None) -> Ex
     proto = trace(fused, frame)
     props = _metadata(run, path.stem, clusters, novelty, frame)
     candidates = golden.load_images(run.path / "golden") if run.path else []
+    int8: Int8 | None = None
     try:
         draft = Inspector(_with_metadata(proto, props))
         answers = make_golden(draft, fused, candidates)
         parity = check_parity(draft, fused, answers.images)
+        if options.int8:
+            int8 = try_int8(run, Fp32(proto, draft, frame, lambda model: Inspector(_with_metadata(model, props))))
+            props["dkm.quantization"] = json.dumps(int8.plain())
+            if int8.model is not None:
+                proto, props["dkm.precision"] = int8.model, "int8"
+                answers = make_golden(Inspector(_with_metadata(proto, props)), fused, candidates, int8.tolerance)
         golden_bytes = save_golden(answers)
         props |= {
             "dkm.golden_sha256": hashlib.sha256(golden_bytes).hexdigest(),
@@ -92,6 +102,7 @@ def export_run(run: Run, path: Path, options: ExportOptions | None = None) -> Ex
         novelty,
         clusters,
         [row["name"] for row in clusters if row["id"] in rejected],
+        int8,
     )
 
 

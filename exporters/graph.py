@@ -3,7 +3,9 @@
 Symbols: N frames, H x W pixels of the ROI, C h w the encoder's input, F features, K clusters, D embedding size, M calibration parts.
 
     image uint8 (N,H,W,3)
-      | Preprocess          trainer/preprocess.py: fit, resize (uint8), Cast, normalise
+      | Preprocess          trainer/preprocess.py: fit, resize (exact integer steps of a fixed frame: exporters/halving.py)
+    pixels uint8 (N,h,w,3)
+      | Cast, normalise     folded into the first convolution by exporters/folding.py
     x (N,C,h,w)
       | Encoder             trainer/encoders
     features (N,F)
@@ -44,15 +46,23 @@ class FusedModel(nn.Module):
         self.register_buffer("centre", model.centroids.detach().mean(0))
 
     def forward(self, image: Tensor, novelty_threshold: Tensor, *codebook: Tensor) -> tuple[Tensor, ...]:
+        return self.with_seams(image, novelty_threshold, *codebook)[2:]
+
+    def with_seams(self, image: Tensor, novelty_threshold: Tensor, *codebook: Tensor) -> tuple[Tensor, ...]:
+        """`pixels` and `features` (N, F), between which the encoder lies, then the outputs of `forward`."""
         centroids, cluster_mean, cluster_radius, novelty_scale, calibration, calibration_weight = codebook
-        embedding = self.model.embed_pixels(self.model.preprocess.geometry(image))  # (N, D)
-        d2 = self._squared_distances(self.model.projection.to_cluster_space(embedding), centroids)  # (N, K)
+        model = self.model
+        pixels = model.preprocess.geometry(image)  # (N, h, w, 3)
+        features = model.encoder(model.preprocess.normalise(pixels))  # (N, F)
+        embedding = model.projection(features)  # (N, D)
+        d2 = self._squared_distances(model.projection.to_cluster_space(embedding), centroids)  # (N, K)
         distances = d2.sqrt()
         distance, cluster_id = distances.min(1)
         s = novelty.raw_score(novelty.novelty_distance(embedding, cluster_mean, cluster_id), cluster_radius, cluster_id)
         novelty_score = s / novelty_scale
         p_value = novelty.p_value(s, calibration, calibration_weight)
-        return cluster_id, distance, novelty_score, p_value, novelty_score > novelty_threshold, distances, embedding
+        is_novel = novelty_score > novelty_threshold
+        return pixels, features, cluster_id, distance, novelty_score, p_value, is_novel, distances, embedding
 
     def _squared_distances(self, z: Tensor, centroids: Tensor) -> Tensor:
         if self.model.centroids.numel() <= DIRECT_LIMIT:

@@ -1,4 +1,7 @@
-"""Traces the fused model into an ONNX ModelProto of contract 1: names, overridable inputs, versions, standard operators only."""
+"""Traces the fused model into an ONNX ModelProto of contract 1: names, overridable inputs, versions, standard operators only.
+
+trace:   torch -> nodes -> interface of contract 1 -> folding -> downscaling (of a fixed frame) -> checked
+"""
 
 from __future__ import annotations
 
@@ -12,10 +15,14 @@ import numpy as np
 import onnx
 import torch
 from onnx import TensorProto, helper, numpy_helper
+from torch import Tensor, nn
 
 from edge_dkm.contract import CODEBOOK, IMAGE, INPUT, IR_VERSION, OPSET, OUTPUTS, OVERRIDABLE, TensorSpec
+from exporters.downscaling import speed_up_downscaling
 from exporters.errors import ExportError
+from exporters.folding import fold_normalisation
 from exporters.graph import FusedModel
+from exporters.nodes import FEATURES, PIXELS, prune
 
 TYPES = {
     "tensor(uint8)": TensorProto.UINT8,
@@ -23,6 +30,17 @@ TYPES = {
     "tensor(float)": TensorProto.FLOAT,
     "tensor(bool)": TensorProto.BOOL,
 }
+
+
+class _Named(nn.Module):
+    """The fused model with the encoder's two ends as outputs, which is how they get their names."""
+
+    def __init__(self, fused: FusedModel) -> None:
+        super().__init__()
+        self.fused = fused
+
+    def forward(self, image: Tensor, novelty_threshold: Tensor, *codebook: Tensor) -> tuple[Tensor, ...]:
+        return self.fused.with_seams(image, novelty_threshold, *codebook)
 
 
 def trace(fused: FusedModel, frame: tuple[int, int] | None) -> onnx.ModelProto:
@@ -40,13 +58,13 @@ def trace(fused: FusedModel, frame: tuple[int, int] | None) -> onnx.ModelProto:
     traced = [v.repeat(3) if name.startswith("calibration") else v for name, v in values.items()]
     with _quiet():
         program = torch.onnx.export(
-            fused,
+            _Named(fused),
             (torch.zeros(2, height, width, 3, dtype=torch.uint8), *traced),
             dynamo=True,
             opset_version=OPSET,
             verbose=False,
             input_names=[IMAGE, *values],
-            output_names=[spec.name for spec in OUTPUTS],
+            output_names=[PIXELS, FEATURES, *(spec.name for spec in OUTPUTS)],
             dynamic_shapes=(
                 axes,
                 {},
@@ -58,6 +76,10 @@ def trace(fused: FusedModel, frame: tuple[int, int] | None) -> onnx.ModelProto:
     proto = program.model_proto
     _rewrite_interface(proto.graph, {name: value.detach().cpu().numpy() for name, value in values.items()}, frame)
     proto.ir_version = IR_VERSION
+    prune(proto.graph)
+    fold_normalisation(proto.graph)
+    if frame:
+        speed_up_downscaling(proto.graph, frame, (preprocess.height_px, preprocess.width_px))
     _check_operators(proto)
     return proto
 

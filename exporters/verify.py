@@ -19,6 +19,7 @@ from exporters.graph import FusedModel
 
 TOLERANCE = 1e-4  # on scores and, relative to max(1, distance), on distances; fp32
 DECISIVE = 10.0  # golden parts have margins of that many tolerances
+DECISIVE_INT8 = 3.0  # whose tolerance is a hundred times as wide; 2 is what the comparison of ids needs
 MIN_PARTS = 1
 
 Image = NDArray[np.uint8]
@@ -33,8 +34,13 @@ class Parity:
     max_distance_difference: float
 
 
-def make_golden(inspector: Inspector, fused: FusedModel, candidates: list[Image]) -> Golden:
+def make_golden(
+    inspector: Inspector, fused: FusedModel, candidates: list[Image], tolerance: float = TOLERANCE
+) -> Golden:
     """Golden answers of the exported graph for decisive candidates, all black and all white.
+
+    Args:
+        tolerance: between devices; wider for int8, whose kernels round differently.
 
     Raises:
         ExportError: no candidate is decisive, or none has the size that the graph takes.
@@ -60,9 +66,10 @@ def make_golden(inspector: Inspector, fused: FusedModel, candidates: list[Image]
         np.concatenate([a["distances"] for a in answers]).astype(np.float32),
         np.concatenate([a["novelty_score"] for a in answers]).astype(np.float32),
         codebook,
-        TOLERANCE,
+        tolerance,
     )
-    keep = [n for n in range(len(images)) if kinds[n] != PART or golden.is_decisive(n, DECISIVE)]
+    decisive = DECISIVE if inspector.metadata.precision == "fp32" else DECISIVE_INT8
+    keep = [n for n in range(len(images)) if kinds[n] != PART or golden.is_decisive(n, decisive)]
     if sum(kinds[n] == PART for n in keep) < MIN_PARTS:
         raise ExportError(
             f"none of {len(usable)} training images lies clearly nearer to one centroid than to the next; the clusters coincide, train again"
@@ -73,7 +80,7 @@ def make_golden(inspector: Inspector, fused: FusedModel, candidates: list[Image]
         golden.distances[keep],
         golden.novelty_score[keep],
         codebook,
-        TOLERANCE,
+        tolerance,
     )
 
 

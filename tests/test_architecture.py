@@ -27,9 +27,21 @@ RESERVED = {
     "prometheus_client": {"edge_dkm/service/metrics.py"},
     "pymodbus": {"devices/outputs/modbus.py"},
     "gpiod": {"devices/outputs/gpio.py"},
-    "onnxruntime": {"edge_dkm/inspector.py", "edge_dkm/announcer.py", "devices/providers.py", "exporters/export.py"},
+    "onnxruntime": {
+        "edge_dkm/inspector.py",
+        "edge_dkm/session.py",
+        "edge_dkm/lowered.py",
+        "edge_dkm/announcer.py",
+        "devices/providers.py",
+        "exporters/export.py",
+        "exporters/probe.py",
+        "exporters/quantize.py",
+    },
 }
-INSPECTOR_FILES = ("__init__", "inspector", "contract", "codebook", "decision", "errors", "model_file")
+INSPECTOR_FILES = (
+    *("__init__", "inspector", "contract", "codebook", "decision", "errors", "model_file"),
+    *("runtime", "session", "lowered", "head", "golden"),
+)
 MAX_FILE, MAX_BODY, MAX_ARGUMENTS = 400, 60, 6
 
 
@@ -145,7 +157,7 @@ def test_input_is_never_checked_by_assert() -> None:
 
 def test_tests_mirror_the_packages() -> None:
     folders = {path.name for path in (ROOT / "tests").iterdir() if path.is_dir() and not path.name.startswith("_")}
-    assert folders == {*PACKAGES, "faults"}
+    assert folders == {*PACKAGES, "faults", "runtimes"}
 
 
 @pytest.mark.parametrize("package", ["configs", "trainer", "edge_dkm"])

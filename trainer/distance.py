@@ -15,7 +15,7 @@ DIRECT_LIMIT = 64 * 1024  # K x D up to which the direct form's (B, K, D) interm
 
 def squared_distances(z: Tensor, mu: Tensor) -> Tensor:
     """d2: (B, K), direct form."""
-    return (z[:, None, :] - mu[None, :, :]).square().sum(-1)
+    return (z[:, None, :] - mu).square().sum(-1)
 
 
 def squared_distances_matmul(z: Tensor, mu: Tensor, centre: Tensor) -> Tensor:

@@ -41,17 +41,17 @@ class NoveltySettings(Settings):
 
 def novelty_distance(z: Tensor, cluster_mean: Tensor, ids: Tensor) -> Tensor:
     """(B,) distance of z (B, D), before L2, to the mean of its cluster."""
-    return (z - cluster_mean[ids]).square().sum(-1).sqrt()
+    return (z - cluster_mean.index_select(0, ids)).square().sum(-1).sqrt()
 
 
 def raw_score(distance: Tensor, cluster_radius: Tensor, ids: Tensor) -> Tensor:
     """S (B,): the novelty distance in radii of the cluster. A patch bank's score will join here by a maximum."""
-    return distance / cluster_radius[ids]
+    return distance / cluster_radius.index_select(0, ids)
 
 
 def p_value(s: Tensor, calibration: Tensor, weight: Tensor) -> Tensor:
     """(B,) share of good parts at least as strange: (1 + sum of weights with s_i >= s) / (G + 1)."""
-    at_least = (calibration[None, :] >= s[:, None]).to(s.dtype) * weight[None, :]  # (B, M)
+    at_least = (calibration >= s[:, None]).to(s.dtype) * weight  # (B, M)
     return (1 + at_least.sum(-1)) / (1 + weight.sum())
 
 

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from configs import Settings
 
 MAX_ALIAS_STEP = 1.5  # down-scaling beyond this without antialias folds texture into false patterns
+FIXED_POINT_BITS = 22  # of the antialiased filter's weights, in Pillow and onnxruntime
 GREY_OF_BGR = (0.114, 0.587, 0.299)  # ITU-R BT.601
 
 
@@ -200,17 +201,18 @@ def _resize_antialiased(image: Tensor, height: int, width: int) -> Tensor:
     for axis, size in ((2, width), (1, height)):
         if image.shape[axis] == size:
             continue
-        weights = _fixed_weights(image.shape[axis], size).to(image.device)
+        weights = fixed_weights(image.shape[axis], size).to(image.device)
         # Products stay below 2^31 and sums below 2^53: float64 is exact, and unlike int64 it has a fast matrix product.
         sums = torch.tensordot(image.double(), weights, dims=([axis], [1])).movedim(-1, axis)
-        image = torch.floor((sums + 2.0**21) / 2.0**22).clamp(0, 255).to(torch.uint8)
+        half, unit = 2.0 ** (FIXED_POINT_BITS - 1), 2.0**FIXED_POINT_BITS
+        image = torch.floor((sums + half) / unit).clamp(0, 255).to(torch.uint8)
     return image
 
 
 @lru_cache(maxsize=64)
-def _fixed_weights(n_in: int, n_out: int) -> Tensor:
+def fixed_weights(n_in: int, n_out: int) -> Tensor:
     """(n_out, n_in) float64 holding whole numbers: the triangle filter's weights times 2^22, rounded half away from zero."""
-    return torch.floor(triangle_weights(n_in, n_out, antialias=True).double() * 2.0**22 + 0.5)
+    return torch.floor(triangle_weights(n_in, n_out, antialias=True).double() * 2.0**FIXED_POINT_BITS + 0.5)
 
 
 def triangle_weights(n_in: int, n_out: int, antialias: bool) -> Tensor:

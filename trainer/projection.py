@@ -22,6 +22,7 @@ from trainer.clustering.kmeans import KMeansOptions, cluster_means, kmeans
 
 WITHIN_ROUNDS = 10
 RELATIVE_FLOOR = 1e-5  # directions below this share of the largest variance are numerical noise, and would be magnified
+L2_FLOOR = 1e-12
 ABSOLUTE_FLOOR = 1e-12  # all images alike: no variance at all
 
 
@@ -59,7 +60,9 @@ class Projection(nn.Module):
 
     def to_cluster_space(self, embedding: Tensor) -> Tensor:
         """(B, D) where centroids live: L2-normalised if set so."""
-        return nn.functional.normalize(embedding, dim=-1) if self.settings.l2 else embedding
+        if not self.settings.l2:
+            return embedding
+        return embedding / embedding.norm(dim=-1, keepdim=True).clamp_min(L2_FLOOR)  # as F.normalize, in fewer nodes
 
     @torch.no_grad()
     def fit(self, features: Tensor, n_clusters: int, seed: int) -> None:

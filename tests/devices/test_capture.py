@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import os
 import queue
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -9,6 +11,7 @@ import pytest
 
 from devices.capture import CameraStatus, Capture, build_trigger, observe
 from devices.frame import Frame
+from devices.ring import MAX_SLOTS
 from devices.settings import CameraSettings
 from devices.triggers import Shot
 from tests.devices.conftest import film
@@ -47,6 +50,28 @@ def test_every_frame_of_a_film_becomes_a_shot_and_the_capture_ends(tmp_path: Pat
     assert [shot.trigger_id for shot in shots] == list(range(1, 13))
     assert shots[0].frame.image.shape == (16, 16, 3) and capture.frame_size == (64, 48)
     assert capture.status().frames == 12 and listener.statuses.get(timeout=5).state == "online"
+
+
+def test_a_picture_outlives_the_camera_process_that_was_killed_while_it_was_looked_at(tmp_path: Path) -> None:
+    listener = Listener()
+    capture = listener.start(source=str(film(tmp_path / "a.mp4")), loop=True, pace="source", fps=100, policy="every")
+    kept = [listener.shots.get(timeout=20).frame.image for _ in range(3)]
+    before = [image.copy() for image in kept]
+    assert capture.pid is not None
+    os.kill(capture.pid, signal.SIGKILL)
+    assert capture.ended.wait(20) and capture.error is not None and capture.error.code == "C-CRASH"
+    assert all(np.array_equal(image, copy) for image, copy in zip(kept, before, strict=True))
+    assert not kept[0].flags.owndata and not kept[0].flags.writeable  # they lie in the ring
+
+
+def test_shots_that_nobody_looks_at_yet_do_not_hold_up_the_camera(tmp_path: Path) -> None:
+    listener = Listener()
+    capture = listener.start(source=str(film(tmp_path / "a.mp4")), loop=True, policy="every")
+    wait_until(lambda: listener.shots.qsize() >= 5 * MAX_SLOTS)
+    capture.stop()
+    assert capture.ended.wait(20)
+    ids = [shot.trigger_id for shot in listener.all_shots()]
+    assert ids == list(range(1, len(ids) + 1))
 
 
 def test_a_recorded_source_that_is_not_there_ends_with_its_error() -> None:

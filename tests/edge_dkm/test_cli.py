@@ -77,7 +77,8 @@ def test_check_looks_at_settings_model_camera_and_broker(
 ) -> None:
     assert run(["check", write_line(tmp_path / "line.yaml", make_line(mosquitto.port))]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert {line[:4] for line in lines} == {"ok  "} and len(lines) > 4 and "MQTT 5" in lines[3]
+    assert {line[:4] for line in lines} == {"ok  "} and len(lines) > 4 and "MQTT 5" in lines[4]
+    assert lines[2].split() == ["ok", "device", "cpu:", "CPU,", "onnxruntime,", "fp32", "on", "CPUExecutionProvider"]
 
 
 @pytest.mark.parametrize(

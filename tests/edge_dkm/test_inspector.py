@@ -73,17 +73,84 @@ def test_a_frame_the_graph_cannot_take_says_what_it_is_and_what_was_expected(
     assert caught.value.code == code
 
 
-def test_strides_order_and_write_protection_do_not_change_the_answer_nor_the_frame(tiny_model_path: Path) -> None:
-    original = frame()
-    wide = np.zeros((64, 96, 3), np.uint8)
-    wide[::2, ::3] = original
+def layouts(original: np.ndarray) -> dict[str, np.ndarray]:
+    """The same pixels, laid out in memory in every way that numpy has."""
+    height, width, _ = original.shape
+    wide = np.zeros((2 * height + 1, 3 * width + 2, 5), np.uint8)
+    wide[1::2, 2::3, 1:4] = original
     read_only = original.copy()
     read_only.setflags(write=False)
+    backwards = np.ascontiguousarray(original[::-1, ::-1, ::-1])
+    planes = np.ascontiguousarray(original.transpose(2, 0, 1))
+    odd = np.zeros(original.size + 1, np.uint8)[1:].reshape(original.shape)
+    odd[...] = original
+    return {
+        "sliced out of a larger one": wide[1::2, 2::3, 1:4],
+        "Fortran order": np.asfortranarray(original),
+        "read-only": read_only,
+        "negative strides": backwards[::-1, ::-1, ::-1],
+        "planes": planes.transpose(1, 2, 0),
+        "transposed twice": np.ascontiguousarray(original.transpose(1, 0, 2)).transpose(1, 0, 2),
+        "at an odd address": odd,
+        "from bytes": np.frombuffer(original.tobytes(), np.uint8).reshape(original.shape),
+        "masked": np.ma.masked_array(original),
+        "of another byte order": original.astype(">u1"),
+    }
+
+
+def test_layout_and_write_protection_change_neither_the_answer_nor_the_frame(tiny_model_path: Path) -> None:
+    original = frame()
     with Inspector(tiny_model_path) as inspector:
         expected = inspector.inspect(original)
-        for variant in (wide[::2, ::3], np.asfortranarray(original), read_only, original[:, ::-1][:, ::-1]):
-            assert inspector.inspect(variant) == expected
+        variants = layouts(original)
+        for name, variant in variants.items():
+            assert inspector.inspect(variant) == expected, name
+            assert np.array_equal(variant, original), name
+        assert inspector.inspect_batch(list(variants.values())) == inspector.inspect_batch([original] * len(variants))
     assert np.array_equal(original, frame())
+
+
+def test_a_row_that_is_repeated_by_a_stride_of_zero_is_as_good_as_its_copy(tiny_model_path: Path) -> None:
+    repeated = np.broadcast_to(frame()[5], (32, 32, 3))
+    with Inspector(tiny_model_path) as inspector:
+        assert inspector.inspect(repeated) == inspector.inspect(repeated.copy())
+
+
+@pytest.mark.parametrize("size", [(1, 1), (1, 300), (300, 1), (2, 3), (33, 31), (480, 640), (1000, 7)])
+def test_a_graph_for_any_size_answers_at_every_size(tiny_model_path: Path, size: tuple[int, int]) -> None:
+    image = np.random.default_rng(1).integers(0, 256, (*size, 3), dtype=np.uint8)
+    before = image.copy()
+    with Inspector(tiny_model_path) as inspector:
+        result = inspector.inspect(image)
+        assert result == inspector.inspect(np.asfortranarray(image)) and np.isfinite(result.novelty_score)
+    assert np.array_equal(image, before)
+
+
+@pytest.mark.parametrize(
+    "dtype", ["int8", "bool", "uint16", "float16", "float64", "complex64", "object", "S1", "datetime64[s]"]
+)
+def test_every_other_type_of_pixel_is_named(tiny_model_path: Path, dtype: str) -> None:
+    with Inspector(tiny_model_path) as inspector, pytest.raises(FrameError, match="expected uint8") as caught:
+        inspector.inspect(np.zeros((32, 32, 3), dtype))
+    assert caught.value.code == "F-DTYPE" and f"the frame is {np.dtype(dtype)}" in caught.value.detail
+
+
+@pytest.mark.parametrize(
+    "shape", [(), (3,), (32, 3), (32, 32, 1), (32, 32, 2), (1, 32, 32, 3), (32, 0, 3), (3, 32, 32)]
+)
+def test_every_other_shape_is_named(tiny_model_path: Path, shape: tuple[int, ...]) -> None:
+    with Inspector(tiny_model_path) as inspector, pytest.raises(FrameError) as caught:
+        inspector.inspect(np.zeros(shape, np.uint8))
+    assert caught.value.code == "F-SHAPE" and "expect" in caught.value.detail
+
+
+@pytest.mark.parametrize("value", ["part.png", b"\x00", 7, [[[0, 0, 0]]], {"image": 1}])
+def test_what_is_no_array_is_named(tiny_model_path: Path, value: object) -> None:
+    with (
+        Inspector(tiny_model_path) as inspector,
+        pytest.raises(FrameError, match=f"the frame is {type(value).__name__}, "),
+    ):
+        inspector.inspect(value)  # type: ignore[arg-type]
 
 
 def test_a_fixed_size_graph_names_the_size_it_expects(tiny_run_folder: Path, tmp_path: Path) -> None:

@@ -437,3 +437,23 @@ def test_a_broker_with_a_small_window_still_gets_everything(
     subscriber = subscribe(broker.port)
     assert run_line(make_line(broker.port)).unsent == 0
     wait_until(lambda: len(subscriber.results()) == 12)
+
+
+@pytest.mark.parametrize(
+    ("camera", "said"),
+    [
+        ("deadline_ms: 100, output: {hold_ms: 300}", "cameras.top.trigger.kind is free, expected a trigger that"),
+        ("trigger: T, output: {hold_ms: 300}", "cameras.top.deadline_ms is null, expected the milliseconds"),
+        ("trigger: T, deadline_ms: 100, output: {}", "cameras.top.output.hold_ms is not given, expected less"),
+        ("trigger: T, deadline_ms: 100, output: {hold_ms: 300}", None),
+    ],
+)
+def test_an_output_that_may_say_ok_of_the_wrong_part_is_said_at_the_start(
+    make_line: Make, part_folder: Path, caplog: pytest.LogCaptureFixture, camera: str, said: str | None
+) -> None:
+    output = f"output: {{kind: modbus, host: 127.0.0.1, port: {free_port()}, coil: 0, "
+    camera = camera.replace("output: {", output).replace("trigger: T", "trigger: {kind: timer, period_ms: 1}")
+    settings = make_line(free_port(), cameras=f"{{top: {{source: '{part_folder}', {camera}}}}}", state="none/state")
+    supervisor._warn(settings)
+    assert [record.levelname for record in caplog.records] == ["WARNING"] * (said is not None)
+    assert said is None or f"the output of cameras.top may say OK of the wrong part: {said}" in caplog.text

@@ -38,7 +38,7 @@ POINTS = {
     "camera.read": ("devices.observation", "_shaped"),
     "capture.emit": ("edge_dkm.pipeline", "Pipeline.take"),
     "commit.thread": ("edge_dkm.pipeline", "Pipeline._next_batch"),
-    "inspect.thread": ("edge_dkm.pipeline", "Pipeline._inspect"),
+    "inspect.thread": ("edge_dkm.inspecting", "Inspecting._together"),
     "supervisor": ("edge_dkm.supervisor", "Supervisor._look"),
     "admin": ("edge_dkm.service.admin", "_Conversation._answer"),
     "callback.on_publish": ("edge_dkm.mqtt.link", "_listen"),

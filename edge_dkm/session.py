@@ -1,0 +1,317 @@
+"""Opens onnxruntime sessions and finds out what really runs: providers, precision, kernels, whether inputs can be overridden.
+
+`Inspector` opens its model here. What cannot be known beforehand is tried on a frame: a provider may take a model and run nothing of it,
+and one may take the value of an overridable input and ignore it (measured: OpenVINO folds it as a constant, without a word).
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+import shutil
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import onnxruntime as ort
+from numpy.typing import NDArray
+
+from edge_dkm.contract import IMAGE, InputSpec, Metadata
+from edge_dkm.errors import ModelError
+from edge_dkm.head import compute_head, to_cluster_space
+from edge_dkm.model_file import ModelFile
+from edge_dkm.runtime import COMPILING, CPU, Precision, Runtime, check_precision, provider_options
+
+log = logging.getLogger(__name__)
+
+SPARE_FRAME = (224, 224)  # (width, height) to try with, where the training had frames of several sizes
+_PLACE = re.compile(
+    r"/onnxruntime\S* .*?\) (?=[A-Z])"
+)  # where in its source; hides the reason in the first 300 characters
+
+
+@dataclass(frozen=True)
+class Ran:
+    """What really runs. `kernels`: how many ran on each provider for one frame (a fused part counts as one), None where that is plain.
+
+    `asked` is the precision of the profile, and `why` it is not used. `head`: who works out cluster and novelty when a codebook or
+    threshold is replaced, the graph or the runtime. `compile_s`: from opening to the end of the first run; `from_cache`: with something
+    compiled earlier in `cache`.
+    """
+
+    actual: tuple[str, ...]
+    precision: Precision
+    asked: Precision
+    head: Literal["graph", "runtime"]
+    compile_s: float
+    kernels: Mapping[str, int] | None = None
+    cache: Path | None = None
+    from_cache: bool = False
+    why: str | None = None
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A session that has run at least once, unless it runs on the CPU provider alone."""
+
+    session: ort.InferenceSession
+    ran: Ran
+
+
+@dataclass(frozen=True)
+class First:
+    """The session that the contract is read from, and how long it took to open."""
+
+    session: ort.InferenceSession
+    seconds: float
+
+
+def open_first(file: ModelFile, runtime: Runtime) -> First:
+    """The session to run, where that is on the CPU provider alone; else one to look at before minutes are spent on compiling.
+
+    Raises:
+        ModelError, UsageError: as `open_session`.
+    """
+    started_s = time.perf_counter()
+    if runs_on_cpu_alone(runtime):
+        session = open_session(file, runtime)
+    else:
+        options = _session_options(Runtime(threads=1))
+        options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+        session = _create(file, options, [(CPU, {})])
+    return First(session, time.perf_counter() - started_s)
+
+
+def open_session(file: ModelFile, runtime: Runtime) -> ort.InferenceSession:
+    """A session on the runtime's providers.
+
+    Raises:
+        ModelError: no model, or a provider that is missing or fell back (with `runtime.strict`).
+        UsageError: a precision that the provider does not have.
+    """
+    return _open(file, runtime, _session_options(runtime), cache_folder(file, runtime))
+
+
+def open_profiled(file: ModelFile, runtime: Runtime, prefix: Path, *, plain: bool = False) -> ort.InferenceSession:
+    """A session that writes a profile to `prefix`. `plain`: on the CPU, nothing fused or packed: every node keeps its name and shapes."""
+    options = _session_options(runtime)
+    options.enable_profiling, options.profile_file_prefix = True, str(prefix)
+    if plain:
+        options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+        options.add_session_config_entry("session.disable_prepacking", "1")
+        return _create(file, options, [(CPU, {})])
+    return _open(file, runtime, options, cache_folder(file, runtime))
+
+
+def open_tried(file: ModelFile, metadata: Metadata, runtime: Runtime, first: First) -> Opened:
+    """A session that was tried on a frame of noise and warmed up; `first` itself where that is one on the CPU provider alone.
+
+    Raises:
+        ModelError: as `open_session`; the model does not suit the profile; with `runtime.strict`, a provider that runs nothing of it.
+    """
+    _check_suits(file, metadata, runtime)
+    if runs_on_cpu_alone(runtime):  # known to override, and nothing is compiled
+        why = None if runtime.precision == "fp32" else f"{runtime.providers[0]} is not here"
+        warm_up(first.session, metadata.input, runtime.warm_up)
+        head: Literal["graph", "runtime"] = "runtime" if runtime.io_binding else "graph"
+        ran = Ran(tuple(first.session.get_providers()), "fp32", runtime.precision, head, first.seconds, why=why)
+        return Opened(first.session, ran)
+    started_s, cache = time.perf_counter(), cache_folder(file, runtime)
+    from_cache = cache is not None and cache.is_dir() and any(cache.iterdir())
+    image = noise(metadata.input)
+    with tempfile.TemporaryDirectory(prefix="edge-dkm-") as folder:
+        options = _session_options(runtime)
+        options.enable_profiling, options.profile_file_prefix = True, str(Path(folder) / "run")
+        session = _open(file, runtime, options, cache)
+        _try(session, file, image)
+        compile_s = time.perf_counter() - started_s
+        kernels = _kernels(session)
+    actual = tuple(p for p in session.get_providers() if kernels is None or kernels.get(p) or p == CPU)
+    wanted = runtime.providers[0]
+    if wanted not in actual:
+        text = f"{wanted} takes {file.name} but runs nothing of it: all of it ran on {', '.join(actual)}"
+        if runtime.strict:
+            raise ModelError(f"{text} (strict_provider: false accepts that)")
+        log.warning("%s", text)
+    # Bound inputs know nothing of overridable ones ("Failed to find NodeArg", onnxruntime 1.31).
+    heeds = not runtime.io_binding and can_override(session, metadata, image)
+    warm_up(session, metadata.input, runtime.warm_up - 1)
+    precision: Precision = runtime.precision if wanted in actual else "fp32"
+    ran = Ran(
+        actual, precision, runtime.precision, "graph" if heeds else "runtime", compile_s, kernels, cache, from_cache
+    )
+    return Opened(session, ran)
+
+
+def runs_on_cpu_alone(runtime: Runtime) -> bool:
+    """Whether no other provider is asked for, or none of them is here."""
+    return not [p for p in runtime.providers if p != CPU and p in ort.get_available_providers()]
+
+
+def noise(spec: InputSpec) -> NDArray[np.uint8]:
+    """(1, H, W, 3): what to try and warm up with, of the size that the model was trained on."""
+    trained = (spec.w, spec.h) if spec.w and spec.h else (spec.roi[2], spec.roi[3]) if spec.roi else spec.frame
+    width, height = trained or SPARE_FRAME
+    return np.random.default_rng(0).integers(0, 256, (1, height, width, 3), dtype=np.uint8)
+
+
+def warm_up(session: ort.InferenceSession, spec: InputSpec, runs: int) -> None:
+    """Runs noise of the trained size, so that the first part is not the slow one."""
+    image = noise(spec) if runs > 0 else None
+    for _ in range(runs):
+        session.run(None, {IMAGE: image})
+
+
+def can_override(session: ort.InferenceSession, metadata: Metadata, image: NDArray[np.uint8]) -> bool:
+    """Whether the session heeds a replaced codebook and threshold: found out with one that puts its last centroid onto the frame."""
+    try:
+        embedding = np.asarray(session.run(["embedding"], {IMAGE: image})[0], np.float32)
+        placed = to_cluster_space(embedding, metadata.l2)[0]
+        centroids = np.repeat(placed[None] + np.float32(1), metadata.n_clusters, 0)
+        centroids[-1] = placed
+        codebook = {
+            "centroids": centroids,
+            "cluster_mean": np.repeat(embedding - np.float32(1), metadata.n_clusters, 0),
+            "cluster_radius": np.ones(metadata.n_clusters, np.float32),
+            "novelty_scale": np.array([2], np.float32),
+            "calibration": np.zeros(1, np.float32),
+            "calibration_weight": np.ones(1, np.float32),
+        }
+        names = ["cluster_id", "distances", "novelty_score", "p_value", "is_novel"]
+        for threshold in (1e-30, 1e30):
+            expected = compute_head(embedding, codebook, threshold, l2=metadata.l2)
+            feed = {IMAGE: image, "novelty_threshold": np.array([threshold], np.float32), **codebook}
+            for name, value in zip(names, session.run(names, feed), strict=True):
+                if not np.allclose(np.asarray(value, np.float64), np.asarray(expected[name], np.float64), 0.1, 0.1):
+                    return False
+    except Exception as error:  # noqa: BLE001 (onnxruntime raises many types; whatever it is, it cannot)
+        log.debug("overriding inputs failed: %s", error)
+        return False
+    return True
+
+
+def cache_folder(file: ModelFile, runtime: Runtime) -> Path | None:
+    """Where the compiled model is kept: by model, provider, version of onnxruntime and precision. None: nothing to keep."""
+    first = next((p for p in runtime.providers if p in COMPILING), None)
+    if runtime.cache is None or first is None:
+        return None
+    kind = first.removesuffix("ExecutionProvider").lower()
+    return runtime.cache / f"{file.sha256[:12]}-{kind}-{ort.__version__}-{runtime.precision}"
+
+
+def _check_suits(file: ModelFile, metadata: Metadata, runtime: Runtime) -> None:
+    """Before anything is compiled."""
+    device = runtime.device or runtime.providers[0]
+    if runtime.fixed_frame and metadata.input.h is None:
+        raise ModelError(
+            f"{file.name} takes frames of any size, but {device} compiles for one; export it with --frame HxW (the ROI's size)"
+        )
+    steps = json.loads(metadata.raw.get("dkm.preprocess", "[]"))
+    mode = next((step.get("mode") for step in steps if step.get("op") == "resize"), None)
+    if runtime.resize and mode is not None and mode not in runtime.resize:
+        raise ModelError(
+            f"{file.name} has preprocess.resize {mode}, {device} runs {', '.join(runtime.resize)}; train and export with one of them"
+        )
+
+
+def _session_options(runtime: Runtime) -> ort.SessionOptions:
+    options = ort.SessionOptions()
+    options.log_severity_level = 3  # a warning per overridable initialiser would bury everything else
+    options.intra_op_num_threads = runtime.threads
+    options.inter_op_num_threads = 1
+    # The digest covers this file alone: weights beside it, or in the working directory, are never read.
+    options.add_session_config_entry("session.model_external_initializers_file_folder_path", "/nonexistent")
+    options.add_session_config_entry("session.intra_op.allow_spinning", "1" if runtime.spinning else "0")
+    return options
+
+
+def _open(file: ModelFile, runtime: Runtime, options: ort.SessionOptions, cache: Path | None) -> ort.InferenceSession:
+    available = ort.get_available_providers()
+    missing = [provider for provider in runtime.providers if provider not in available]
+    if missing and runtime.strict:
+        raise ModelError(
+            f"this onnxruntime has no {missing[0]}, it has {', '.join(available)}; install the build for it, or choose another device"
+        )
+    check_precision(runtime)
+    wanted = [provider for provider in runtime.providers if provider in available] or [CPU]
+    cache = _made(cache)
+    try:
+        session = _create(file, options, [(p, provider_options(p, runtime, cache)) for p in wanted])
+    except ModelError as error:
+        if cache is not None and any(cache.iterdir()):
+            log.warning("%s does not load with what lies in %s; it is compiled anew", file.name, cache)
+            shutil.rmtree(cache, ignore_errors=True)
+            return _open(file, runtime, options, cache)
+        if runtime.strict or wanted == [CPU]:
+            raise
+        log.warning("%s; it runs on %s instead", error, CPU)
+        return _create(file, options, [(CPU, {})])
+    silent = [provider for provider in wanted if provider not in session.get_providers()]
+    if silent and runtime.strict:
+        raise ModelError(
+            f"onnxruntime fell back from {silent[0]} to {', '.join(session.get_providers())} for {file.name}; its driver or a library "
+            f"is missing, or it does not know one of the profile's options (strict_provider: false accepts the fallback)"
+        )
+    return session
+
+
+def _create(
+    file: ModelFile, options: ort.SessionOptions, providers: Sequence[tuple[str, dict[str, str]]]
+) -> ort.InferenceSession:
+    try:
+        # Its own fallback prints to stdout and goes on on the CPU, also in the middle of a run (1.17 does not know the argument).
+        session = ort.InferenceSession(file.data, options, providers=list(providers), enable_fallback=0)
+        session.disable_fallback()
+        return session
+    except Exception as error:  # onnxruntime raises many types for a file that is no model
+        if "xternal data" in str(error):
+            raise ModelError(
+                f"{file.name} keeps its weights in other files (external data), expected one file; write it again with dkm-export"
+            ) from error
+        on = "" if providers[0][0] == CPU else f" on {providers[0][0]}"
+        raise ModelError(
+            f"{file.name} ({len(file.data)} bytes) cannot be loaded as an ONNX model{on}: {first_line(error)}"
+        ) from error
+
+
+def _made(cache: Path | None) -> Path | None:
+    """The folder, private to this user; a line must not stop for want of a cache."""
+    try:
+        if cache is not None:
+            cache.mkdir(mode=0o700, parents=True, exist_ok=True)
+    except OSError as error:
+        log.warning("cache %s cannot be made (%s); every start compiles anew", cache, error.strerror or error)
+        return None
+    return cache
+
+
+def _try(session: ort.InferenceSession, file: ModelFile, image: NDArray[np.uint8]) -> None:
+    try:
+        session.run(None, {IMAGE: image})
+    except Exception as error:  # onnxruntime raises many types
+        raise ModelError(
+            f"{file.name} fails on {session.get_providers()[0]} with its first frame {image.shape[1:3]}: {first_line(error)}"
+        ) from error
+
+
+def _kernels(session: ort.InferenceSession) -> dict[str, int] | None:
+    """Ends the profiling of a session; how many kernels ran on each provider."""
+    try:
+        events = json.loads(Path(session.end_profiling()).read_text(encoding="utf-8"))
+        names = Counter(event["args"]["provider"] for event in events if event.get("args", {}).get("provider"))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        log.debug("no profile of the first run: %s", error)
+        return None
+    return dict(names) or None
+
+
+def first_line(error: BaseException) -> str:
+    """The reason without the place in onnxruntime's source."""
+    text = str(error).strip() or type(error).__name__
+    return _PLACE.sub("", text.splitlines()[0])[:300]
