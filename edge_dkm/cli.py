@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from configs.command import Parser, add_command, add_overrides, guarded, show
 from edge_dkm.cli_station import add_station_commands
+from edge_dkm.service.leaving import ends_with
 
 if TYPE_CHECKING:
     from edge_dkm.checks import Finding
@@ -69,7 +70,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     schema = add_command(commands, "schema", _schema, "JSON Schema of the line settings or of a message")
     schema.add_argument("name", choices=SCHEMAS)
-    return guarded(parser, argv)
+    return ends_with(guarded(parser, argv))
 
 
 def _add_model_commands(commands: Any) -> None:

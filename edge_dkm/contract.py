@@ -18,6 +18,10 @@ IR_VERSION = 8  # the newest that onnxruntime 1.14 to 1.16 read; newer defaults 
 OPSET = 18
 
 IMAGE = "image"
+PIXELS, FEATURES = (
+    "pixels",
+    "features",
+)  # inner tensors between which the encoder lies; `bench` tells the stages by them
 
 Verdict = Literal["pass", "review", "reject"]
 VERDICTS: tuple[Verdict, ...] = ("pass", "review", "reject")
@@ -113,6 +117,13 @@ class InputSpec:
     fit: str
     roi: tuple[int, int, int, int] | None = None
     frame: tuple[int, int] | None = None
+
+    @property
+    def trained_size(self) -> tuple[int, int] | None:
+        """(width, height) of what the graph is meant for: its own size, else the training's ROI, else its frames; None where those varied."""
+        if self.w and self.h:
+            return self.w, self.h
+        return (self.roi[2], self.roi[3]) if self.roi else self.frame
 
 
 @dataclass(frozen=True)

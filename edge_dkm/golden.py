@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from edge_dkm.contract import CODEBOOK
 from edge_dkm.errors import ModelError, ParityError
-from edge_dkm.head import Outputs
+from edge_dkm.head import Outputs, to_cluster_space
 
 if TYPE_CHECKING:
     from edge_dkm.inspector import Inspector
@@ -172,10 +172,10 @@ def _compare(inspector: Inspector, golden: Golden, n: int, outputs: Outputs) -> 
 def _verify_zero_distance(inspector: Inspector, golden: Golden) -> None:
     """Puts centroid 0 exactly onto a golden image's own embedding: the distance must be 0 and nothing NaN (a root of a tiny negative)."""
     image = golden.images[0][None]
-    embedding = np.asarray(inspector.run(image, ("embedding",), overrides={})["embedding"][0], np.float32)
-    placed = embedding / max(float(np.linalg.norm(embedding)), 1e-12) if inspector.metadata.l2 else embedding
+    embedding = np.asarray(inspector.run(image, ("embedding",), overrides={})["embedding"], np.float32)
+    placed = to_cluster_space(embedding, inspector.metadata.l2)
     overrides = {name: tensor.copy() for name, tensor in golden.codebook.items()}
-    overrides["centroids"][0], overrides["cluster_mean"][0] = placed, embedding
+    overrides["centroids"][0], overrides["cluster_mean"][0] = placed[0], embedding[0]
     outputs = inspector.run(image, COMPARED, overrides=overrides)
     distance, score = float(outputs["distance"][0]), float(outputs["novelty_score"][0])
     scale = max(1.0, float(np.linalg.norm(placed)))

@@ -41,7 +41,7 @@ class Inspecting:
         self, cameras: Mapping[str, CameraSettings], inspectors: Mapping[str, Inspector], alive: Callable[[], None]
     ) -> None:
         self._cameras, self._inspectors, self._alive = cameras, inspectors, alive
-        self.batching = Batching(cameras, inspectors)
+        self.batching = Batching(inspectors)
         self.since_s: float | None = None
 
     def next_answers(self, buffer: ShotBuffer) -> Iterator[Answer] | None:

@@ -63,6 +63,14 @@ class Inspection:
     reason: Reason
 
 
+@dataclass(frozen=True)
+class _Edge:
+    """`feed`: what replaces the graph's own values: the threshold, where one was set, and a station's codebook."""
+
+    threshold: float
+    feed: Mapping[str, Vector]
+
+
 class Inspector:
     """One model, loaded and checked.
 
@@ -101,9 +109,9 @@ class Inspector:
                 n_clusters=self.metadata.n_clusters,
                 embed_dim=self.metadata.embed_dim,
             )
-        self._feed: dict[str, Vector] = dict(self.codebook.tensors) if self.codebook else {}
         self.default_threshold = _default_threshold(self.metadata)
-        self.novelty_threshold = self.default_threshold
+        # One object, replaced as one: no frame is compared with one threshold and reported with another.
+        self._edge = _Edge(self.default_threshold, dict(self.codebook.tensors) if self.codebook else {})
         if novelty_threshold is not None:
             self.set_novelty_threshold(novelty_threshold)
         self.policy = policy or Policy()
@@ -123,12 +131,16 @@ class Inspector:
         """Of what really runs: the file's (fp32 or int8), unless the provider lowers it."""
         return self.metadata.precision if self.ran.precision == "fp32" else self.ran.precision
 
+    @property
+    def novelty_threshold(self) -> float:
+        """The edge as it is used now."""
+        return self._edge.threshold
+
     def set_novelty_threshold(self, threshold: float) -> None:
         """Moves the edge from the next frame on; must be a finite number greater than 0."""
         if not 0 < threshold < float("inf"):
             raise UsageError(f"novelty_threshold is {threshold}, expected a finite number greater than 0")
-        self.novelty_threshold = float(threshold)
-        self._feed = {**self._feed, THRESHOLD.name: np.array([threshold], np.float32)}
+        self._edge = _Edge(float(threshold), {**self._edge.feed, THRESHOLD.name: np.array([threshold], np.float32)})
 
     def inspect(self, frame: Frame) -> Inspection:
         """Inspects one frame.
@@ -151,8 +163,9 @@ class Inspector:
             raise FrameError(
                 "F-SHAPE", f"one batch holds frames of {sorted({f.shape for f in checked})}, expected one size"
             )
-        outputs = self.run(checked[0][None] if len(checked) == 1 else np.stack(checked), FETCHED)
-        return [self._inspection(outputs, n) for n in range(len(frames))]
+        edge = self._edge
+        outputs = self.run(checked[0][None] if len(checked) == 1 else np.stack(checked), FETCHED, edge.feed)
+        return [self._inspection(outputs, n, edge.threshold) for n in range(len(frames))]
 
     def shares_runs_with(self, other: Inspector) -> bool:
         """Whether the two are one loaded model with one codebook, so that `inspect_for` may judge frames of both."""
@@ -168,11 +181,13 @@ class Inspector:
         answers: list[Inspection | InspectionError] = []
         for n, twin in enumerate(twins):
             # The graph compares with one threshold for the whole run; this is the same comparison, in float32.
-            is_novel = np.asarray(outputs["novelty_score"] > np.float32(twin.novelty_threshold))
+            threshold = twin._edge.threshold
+            is_novel = np.asarray(outputs["novelty_score"] > np.float32(threshold))
             try:
-                answers.append(twin._inspection({**outputs, "is_novel": is_novel}, n))
+                answers.append(twin._inspection({**outputs, "is_novel": is_novel}, n, threshold))
             except InspectionError as error:
-                answers.append(error)
+                # Its traceback would hold this function, and by that the pictures, until the garbage collector comes.
+                answers.append(error.with_traceback(None))
         return answers
 
     def run(self, image: Frame, names: Sequence[str], overrides: Mapping[str, Vector] | None = None) -> Outputs:
@@ -184,7 +199,7 @@ class Inspector:
             InspectionError: the graph failed.
             UsageError: overrides that hold a part of a codebook.
         """
-        feed = self._feed if overrides is None else overrides
+        feed = self._edge.feed if overrides is None else overrides
         if self.ran.head == "graph" or not feed:
             return self._run(image, names, feed)
         threshold = float(feed[THRESHOLD.name][0]) if THRESHOLD.name in feed else self.default_threshold
@@ -269,7 +284,7 @@ class Inspector:
             )
         return np.ascontiguousarray(frame)
 
-    def _inspection(self, outputs: Outputs, n: int) -> Inspection:
+    def _inspection(self, outputs: Outputs, n: int, threshold: float) -> Inspection:
         distances = outputs["distances"][n]
         score, distance, p_value = (float(outputs[name][n]) for name in ("novelty_score", "distance", "p_value"))
         if not (np.isfinite(score) and np.isfinite(p_value) and np.isfinite(distances).all()):
@@ -285,7 +300,7 @@ class Inspector:
             distance,
             margin,
             score,
-            self.novelty_threshold,
+            threshold,
             p_value,
             is_novel,
             verdict,

@@ -7,8 +7,7 @@ Everything is lowered there, the distances and the novelty too, so a fast wrong 
 from __future__ import annotations
 
 import logging
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -19,7 +18,8 @@ from edge_dkm.contract import IMAGE, Metadata
 from edge_dkm.errors import ModelError
 from edge_dkm.golden import TOLERANCE, Golden, load_golden
 from edge_dkm.model_file import ModelFile, golden_path
-from edge_dkm.runtime import Precision, Runtime
+from edge_dkm.paired_runs import paired_ms
+from edge_dkm.runtime import Lowering, Runtime, check_runtime
 from edge_dkm.session import First, Opened, first_line, noise, open_tried
 
 MIN_AGREEMENT, MIN_SPEARMAN = 0.995, 0.99
@@ -35,7 +35,9 @@ def open_lowered(file: ModelFile, metadata: Metadata, runtime: Runtime, first: F
 
     Raises:
         ModelError: it does not open in fp32 either.
+        UsageError: a precision that the provider does not have, or an option that says otherwise; before minutes go into fp32.
     """
+    check_runtime(runtime)
     full = open_tried(file, metadata, replace(runtime, precision="fp32"), first)
     golden, why = _golden(file, metadata)
     lowered: Opened | None = None
@@ -44,7 +46,7 @@ def open_lowered(file: ModelFile, metadata: Metadata, runtime: Runtime, first: F
             lowered = open_tried(file, metadata, runtime, first)
             why = None if lowered.ran.precision == runtime.precision else f"{runtime.providers[0]} does not run it"
             why = why or answers_problem(golden, *_answers(lowered.session, golden), runtime.precision)
-            why = why or speed_problem(*_in_turns(lowered.session, full.session, noise(metadata.input)))
+            why = why or speed_problem(*_times_ms(lowered.session, full.session, noise(metadata.input)))
         except ModelError as error:
             why = str(error)
     if lowered is not None and why is None:
@@ -54,7 +56,7 @@ def open_lowered(file: ModelFile, metadata: Metadata, runtime: Runtime, first: F
     return Opened(full.session, replace(full.ran, asked=runtime.precision, why=why))
 
 
-def answers_problem(golden: Golden, distances: Vector, scores: Vector, precision: Precision) -> str | None:
+def answers_problem(golden: Golden, distances: Vector, scores: Vector, precision: Lowering) -> str | None:
     """What speaks against `distances` (G, K) and `scores` (G,) of the golden images, or None."""
     golden = replace(golden, tolerance=max(golden.tolerance, TOLERANCE[precision]))
     if not (np.isfinite(distances).all() and np.isfinite(scores).all()):
@@ -79,14 +81,14 @@ def answers_problem(golden: Golden, distances: Vector, scores: Vector, precision
     return None
 
 
-def speed_problem(lowered_s: Sequence[float], full_s: Sequence[float]) -> str | None:
+def speed_problem(lowered_ms: Sequence[float], full_ms: Sequence[float]) -> str | None:
     """What speaks against the times of paired runs, or None where the lowered ones are measurably faster."""
-    ratio = float(np.median(np.asarray(lowered_s) / np.asarray(full_s)))
-    wins = sum(a < b for a, b in zip(lowered_s, full_s, strict=True))
-    if ratio <= MAX_RATIO and wins >= MIN_WINS * len(full_s) / PAIRS:
+    ratio = float(np.median(np.asarray(lowered_ms) / np.asarray(full_ms)))
+    wins = sum(a < b for a, b in zip(lowered_ms, full_ms, strict=True))
+    if ratio <= MAX_RATIO and wins >= MIN_WINS * len(full_ms) / PAIRS:
         return None
     return (
-        f"it takes {ratio:.2f} times as long as fp32 here and is faster in {wins} of {len(full_s)} pairs of runs, "
+        f"it takes {ratio:.2f} times as long as fp32 here and is faster in {wins} of {len(full_ms)} pairs of runs, "
         f"expected at most {MAX_RATIO:g} times and {MIN_WINS} of {PAIRS}"
     )
 
@@ -123,20 +125,14 @@ def _answers(session: ort.InferenceSession, golden: Golden) -> tuple[Vector, Vec
     return np.concatenate([row[0] for row in rows]), np.concatenate([row[1] for row in rows])
 
 
-def _in_turns(
+def _times_ms(
     lowered: ort.InferenceSession, full: ort.InferenceSession, image: NDArray[np.uint8]
 ) -> tuple[list[float], list[float]]:
-    """Seconds of one run each, in pairs of changing order: what disturbs the machine disturbs both."""
-    times: tuple[list[float], list[float]] = ([], [])
-    runs: list[Callable[[], object]] = [lambda s=s: s.run(None, {IMAGE: image}) for s in (lowered, full)]  # type: ignore[misc]
-    for run in runs:
-        run()
-    for pair in range(PAIRS):
-        for which in (0, 1) if pair % 2 else (1, 0):
-            started_s = time.perf_counter()
-            runs[which]()
-            times[which].append(time.perf_counter() - started_s)
-    return times
+    """Of one run each, in pairs."""
+    taken = paired_ms(
+        {"lowered": lambda: lowered.run(None, {IMAGE: image}), "full": lambda: full.run(None, {IMAGE: image})}, PAIRS
+    )
+    return taken["lowered"], taken["full"]
 
 
 def _on(runtime: Runtime) -> tuple[str, str]:

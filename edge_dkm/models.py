@@ -3,24 +3,39 @@
 from __future__ import annotations
 
 import logging
-import shutil
 from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from devices.profile import DeviceProfile, load_profile
 from devices.providers import check_providers
+from edge_dkm.batching import Limits
+from edge_dkm.compiled import renewed
 from edge_dkm.decision import Policy
 from edge_dkm.errors import ModelError, ParityError, UsageError
 from edge_dkm.framing import roi_problem
 from edge_dkm.golden import GoldenReport, load_golden, verify_golden
 from edge_dkm.inspector import Inspector, Runtime
 from edge_dkm.model_file import golden_path
-from edge_dkm.runtime import COMPILING
+from edge_dkm.runtime import COMPILING, TENSORRT
 from edge_dkm.settings import LineSettings
 
 CACHE = "cache"  # inside the state folder
 Tell = Callable[[str, str], None]
 log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """What the loading of a line gives: one inspector per camera, and how many frames of several cameras may go in one run."""
+
+    inspectors: dict[str, Inspector]
+    limits: Limits
+
+    def close(self) -> None:
+        """Frees the models."""
+        for inspector in self.inspectors.values():
+            inspector.close()
 
 
 def runtime_of(device: str, *, strict: bool, cache: Path | None = None) -> Runtime:
@@ -80,10 +95,10 @@ def load_models(settings: LineSettings, tell: Tell | None = None) -> dict[str, I
             if tell is not None:
                 tell(*step(runtime, path))
 
-            def open_it(path: str = path) -> Inspector:
+            def open_it(runtime: Runtime, path: str = path) -> Inspector:
                 return Inspector(path, runtime=runtime, policy=policy, novelty_threshold=settings.novelty_threshold)
 
-            by_path[path] = open_proven(open_it)[0]
+            by_path[path] = open_proven(open_it, runtime)[0]
         problem = roi_problem(name, camera, by_path[path].metadata.input)
         if problem is not None:
             raise UsageError(problem)
@@ -96,32 +111,32 @@ def step(runtime: Runtime, model: str) -> tuple[str, str]:
     compiler = next((provider for provider in runtime.providers if provider in COMPILING), None)
     if compiler is None:
         return "LOADING", f"loading {Path(model).name}"
-    kind = {"TensorrtExecutionProvider": "building the TensorRT engine for"}.get(compiler, "compiling for OpenVINO:")
+    kind = "building the TensorRT engine for" if compiler == TENSORRT else "compiling for OpenVINO:"
     return "COMPILING", f"{kind} {Path(model).name}"
 
 
-def open_proven(open_it: Callable[[], Inspector]) -> tuple[Inspector, GoldenReport]:
-    """A model that gives the golden answers; a compiled one from the cache that does not is thrown away and compiled anew, once.
+def open_proven(open_it: Callable[[Runtime], Inspector], runtime: Runtime) -> tuple[Inspector, GoldenReport]:
+    """A model that gives the golden answers; a compiled one from the cache that does not is replaced by one compiled anew, once.
 
     Raises:
         ModelError: it is not usable, or not proven.
     """
-    inspector = open_it()
+    inspector = open_it(runtime)
     try:
+        return inspector, verify_model(inspector)
+    except ModelError as error:
+        inspector.close()
+        cache = inspector.ran.cache
+        if not isinstance(error, ParityError) or cache is None or not inspector.ran.from_cache:
+            raise
+        log.warning("%s; what was compiled earlier (%s) is not used, it is compiled anew", error, cache)
+    with renewed(cache) as fresh:
+        inspector = open_it(runtime if fresh is not None else replace(runtime, cache=None))
         try:
             return inspector, verify_model(inspector)
-        except ParityError as error:
-            cache = inspector.ran.cache
-            if cache is None or not inspector.ran.from_cache:
-                raise
-            log.warning("%s; what was compiled earlier (%s) is thrown away and compiled anew", error, cache)
+        except ModelError:
             inspector.close()
-            shutil.rmtree(cache, ignore_errors=True)
-            inspector = open_it()
-            return inspector, verify_model(inspector)
-    except ModelError:
-        inspector.close()
-        raise
+            raise
 
 
 def verify_model(inspector: Inspector) -> GoldenReport:

@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 
 from devices.settings import CameraSettings
 from devices.triggers import Shot
+from edge_dkm.batching import Limits
 from edge_dkm.errors import FrameError, InspectionError
 from edge_dkm.health import Stage
 from edge_dkm.inspecting import Answer, Inspecting
@@ -132,10 +133,13 @@ class Pipeline:
         """Whether `start` was called."""
         return self._threads[0].ident is not None
 
+    def share_runs(self, limits: Limits) -> None:
+        """Before `start`: how many frames of several cameras may go in one run."""
+        self._inspecting.batching.allow(limits)
+
     def start(self, first: Sequence[Draft] = ()) -> None:
         """Starts the threads; `first` is committed before anything else."""
         self._first = first
-        self._inspecting.batching.measure()
         for thread in self._threads:
             thread.start()
 

@@ -10,12 +10,14 @@ from typing import Literal
 
 from edge_dkm.errors import UsageError
 
-Precision = Literal["fp32", "fp16", "bf16"]
+Lowering = Literal[
+    "fp32", "fp16", "bf16"
+]  # what a provider computes in; fp32: as the file says (its own is contract.Precision)
 Options = Mapping[str, Mapping[str, str]]
 CPU = "CPUExecutionProvider"
 OPENVINO, TENSORRT, CUDA = "OpenVINOExecutionProvider", "TensorrtExecutionProvider", "CUDAExecutionProvider"
 # Those that can compute a whole float32 graph in a lower precision.
-LOWERING: Mapping[str, tuple[Precision, ...]] = {OPENVINO: ("fp16", "bf16"), TENSORRT: ("fp16", "bf16")}
+LOWERING: Mapping[str, tuple[Lowering, ...]] = {OPENVINO: ("fp16", "bf16"), TENSORRT: ("fp16", "bf16")}
 COMPILING = (OPENVINO, TENSORRT)
 
 
@@ -34,7 +36,7 @@ class Runtime:
     threads: int = 0
     spinning: bool = False
     strict: bool = True
-    precision: Precision = "fp32"
+    precision: Lowering = "fp32"
     warm_up: int = 0
     io_binding: bool = False
     cache: Path | None = None
@@ -58,6 +60,13 @@ def check_precision(runtime: Runtime) -> None:
     raise UsageError(
         f"precision is {runtime.precision}, but {first} computes a float32 graph in float32; expected fp32, or {able}"
     )
+
+
+def check_runtime(runtime: Runtime) -> None:
+    """Raises UsageError for what no provider needs to be opened to know: a precision it does not have, options that say otherwise."""
+    check_precision(runtime)
+    for provider in runtime.providers:
+        provider_options(provider, runtime, None)
 
 
 def provider_options(provider: str, runtime: Runtime, cache: Path | None) -> dict[str, str]:
@@ -84,7 +93,7 @@ def _device_type(own: Mapping[str, str]) -> str:
     return own.get("device_type", "CPU").partition(".")[0].partition(":")[0]
 
 
-def _precision_options(provider: str, precision: Precision, device_type: str) -> dict[str, str]:
+def _precision_options(provider: str, precision: Lowering, device_type: str) -> dict[str, str]:
     if provider == TENSORRT and precision != "fp32":
         return {f"trt_{precision}_enable": "True"}
     if provider == OPENVINO and precision == "bf16":  # `precision` knows only FP32, FP16 and ACCURACY

@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import logging
 import re
-import shutil
 import tempfile
 import time
 from collections import Counter
@@ -22,11 +21,12 @@ import numpy as np
 import onnxruntime as ort
 from numpy.typing import NDArray
 
+from edge_dkm.compiled import is_filled, made, renewed
 from edge_dkm.contract import IMAGE, InputSpec, Metadata
 from edge_dkm.errors import ModelError
 from edge_dkm.head import compute_head, to_cluster_space
 from edge_dkm.model_file import ModelFile
-from edge_dkm.runtime import COMPILING, CPU, Precision, Runtime, check_precision, provider_options
+from edge_dkm.runtime import COMPILING, CPU, Lowering, Runtime, check_precision, provider_options
 
 log = logging.getLogger(__name__)
 
@@ -46,8 +46,8 @@ class Ran:
     """
 
     actual: tuple[str, ...]
-    precision: Precision
-    asked: Precision
+    precision: Lowering
+    asked: Lowering
     head: Literal["graph", "runtime"]
     compile_s: float
     kernels: Mapping[str, int] | None = None
@@ -62,6 +62,15 @@ class Opened:
 
     session: ort.InferenceSession
     ran: Ran
+
+
+@dataclass(frozen=True)
+class _Compiled:
+    """`cache`: the folder that it was opened with; `from_cache`: something lay in it."""
+
+    session: ort.InferenceSession
+    cache: Path | None = None
+    from_cache: bool = False
 
 
 @dataclass(frozen=True)
@@ -95,7 +104,7 @@ def open_session(file: ModelFile, runtime: Runtime) -> ort.InferenceSession:
         ModelError: no model, or a provider that is missing or fell back (with `runtime.strict`).
         UsageError: a precision that the provider does not have.
     """
-    return _open(file, runtime, _session_options(runtime), cache_folder(file, runtime))
+    return _open(file, runtime, _session_options(runtime), made(cache_folder(file, runtime))).session
 
 
 def open_profiled(file: ModelFile, runtime: Runtime, prefix: Path, *, plain: bool = False) -> ort.InferenceSession:
@@ -106,7 +115,7 @@ def open_profiled(file: ModelFile, runtime: Runtime, prefix: Path, *, plain: boo
         options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
         options.add_session_config_entry("session.disable_prepacking", "1")
         return _create(file, options, [(CPU, {})])
-    return _open(file, runtime, options, cache_folder(file, runtime))
+    return _open(file, runtime, options, made(cache_folder(file, runtime))).session
 
 
 def open_tried(file: ModelFile, metadata: Metadata, runtime: Runtime, first: First) -> Opened:
@@ -116,23 +125,24 @@ def open_tried(file: ModelFile, metadata: Metadata, runtime: Runtime, first: Fir
         ModelError: as `open_session`; the model does not suit the profile; with `runtime.strict`, a provider that runs nothing of it.
     """
     _check_suits(file, metadata, runtime)
+    head: Literal["graph", "runtime"]
     if runs_on_cpu_alone(runtime):  # known to override, and nothing is compiled
         why = None if runtime.precision == "fp32" else f"{runtime.providers[0]} is not here"
-        warm_up(first.session, metadata.input, runtime.warm_up)
-        head: Literal["graph", "runtime"] = "runtime" if runtime.io_binding else "graph"
+        warm_up(first.session, file, metadata.input, runtime.warm_up)
+        head = "runtime" if runtime.io_binding else "graph"
         ran = Ran(tuple(first.session.get_providers()), "fp32", runtime.precision, head, first.seconds, why=why)
         return Opened(first.session, ran)
-    started_s, cache = time.perf_counter(), cache_folder(file, runtime)
-    from_cache = cache is not None and cache.is_dir() and any(cache.iterdir())
+    started_s = time.perf_counter()
     image = noise(metadata.input)
     with tempfile.TemporaryDirectory(prefix="edge-dkm-") as folder:
         options = _session_options(runtime)
         options.enable_profiling, options.profile_file_prefix = True, str(Path(folder) / "run")
-        session = _open(file, runtime, options, cache)
+        compiled = _open(file, runtime, options, made(cache_folder(file, runtime)))
+        session = compiled.session
         _try(session, file, image)
         compile_s = time.perf_counter() - started_s
         kernels = _kernels(session)
-    actual = tuple(p for p in session.get_providers() if kernels is None or kernels.get(p) or p == CPU)
+    actual = tuple(p for p in session.get_providers() if kernels is None or kernels.get(p))
     wanted = runtime.providers[0]
     if wanted not in actual:
         text = f"{wanted} takes {file.name} but runs nothing of it: all of it ran on {', '.join(actual)}"
@@ -141,11 +151,10 @@ def open_tried(file: ModelFile, metadata: Metadata, runtime: Runtime, first: Fir
         log.warning("%s", text)
     # Bound inputs know nothing of overridable ones ("Failed to find NodeArg", onnxruntime 1.31).
     heeds = not runtime.io_binding and can_override(session, metadata, image)
-    warm_up(session, metadata.input, runtime.warm_up - 1)
-    precision: Precision = runtime.precision if wanted in actual else "fp32"
-    ran = Ran(
-        actual, precision, runtime.precision, "graph" if heeds else "runtime", compile_s, kernels, cache, from_cache
-    )
+    warm_up(session, file, metadata.input, runtime.warm_up - 1)
+    precision: Lowering = runtime.precision if wanted in actual else "fp32"
+    head = "graph" if heeds else "runtime"
+    ran = Ran(actual, precision, runtime.precision, head, compile_s, kernels, compiled.cache, compiled.from_cache)
     return Opened(session, ran)
 
 
@@ -156,16 +165,17 @@ def runs_on_cpu_alone(runtime: Runtime) -> bool:
 
 def noise(spec: InputSpec) -> NDArray[np.uint8]:
     """(1, H, W, 3): what to try and warm up with, of the size that the model was trained on."""
-    trained = (spec.w, spec.h) if spec.w and spec.h else (spec.roi[2], spec.roi[3]) if spec.roi else spec.frame
-    width, height = trained or SPARE_FRAME
+    width, height = spec.trained_size or SPARE_FRAME
     return np.random.default_rng(0).integers(0, 256, (1, height, width, 3), dtype=np.uint8)
 
 
-def warm_up(session: ort.InferenceSession, spec: InputSpec, runs: int) -> None:
-    """Runs noise of the trained size, so that the first part is not the slow one."""
-    image = noise(spec) if runs > 0 else None
+def warm_up(session: ort.InferenceSession, file: ModelFile, spec: InputSpec, runs: int) -> None:
+    """Runs noise of the trained size, so that the first part is not the slow one; ModelError where that fails."""
+    if runs <= 0:
+        return
+    image = noise(spec)
     for _ in range(runs):
-        session.run(None, {IMAGE: image})
+        _try(session, file, image)
 
 
 def can_override(session: ort.InferenceSession, metadata: Metadata, image: NDArray[np.uint8]) -> bool:
@@ -231,7 +241,7 @@ def _session_options(runtime: Runtime) -> ort.SessionOptions:
     return options
 
 
-def _open(file: ModelFile, runtime: Runtime, options: ort.SessionOptions, cache: Path | None) -> ort.InferenceSession:
+def _open(file: ModelFile, runtime: Runtime, options: ort.SessionOptions, cache: Path | None) -> _Compiled:
     available = ort.get_available_providers()
     missing = [provider for provider in runtime.providers if provider not in available]
     if missing and runtime.strict:
@@ -240,25 +250,40 @@ def _open(file: ModelFile, runtime: Runtime, options: ort.SessionOptions, cache:
         )
     check_precision(runtime)
     wanted = [provider for provider in runtime.providers if provider in available] or [CPU]
-    cache = _made(cache)
     try:
-        session = _create(file, options, [(p, provider_options(p, runtime, cache)) for p in wanted])
+        compiled = _compile(file, runtime, wanted, options, cache)
     except ModelError as error:
-        if cache is not None and any(cache.iterdir()):
-            log.warning("%s does not load with what lies in %s; it is compiled anew", file.name, cache)
-            shutil.rmtree(cache, ignore_errors=True)
-            return _open(file, runtime, options, cache)
         if runtime.strict or wanted == [CPU]:
             raise
         log.warning("%s; it runs on %s instead", error, CPU)
-        return _create(file, options, [(CPU, {})])
-    silent = [provider for provider in wanted if provider not in session.get_providers()]
+        return _Compiled(_create(file, options, [(CPU, {})]))
+    actual = compiled.session.get_providers()
+    silent = [provider for provider in wanted if provider not in actual]
     if silent and runtime.strict:
         raise ModelError(
-            f"onnxruntime fell back from {silent[0]} to {', '.join(session.get_providers())} for {file.name}; its driver or a library "
+            f"onnxruntime fell back from {silent[0]} to {', '.join(actual)} for {file.name}; its driver or a library "
             f"is missing, or it does not know one of the profile's options (strict_provider: false accepts the fallback)"
         )
-    return session
+    return compiled
+
+
+def _compile(
+    file: ModelFile, runtime: Runtime, wanted: Sequence[str], options: ort.SessionOptions, cache: Path | None
+) -> _Compiled:
+    """With what lies in the cache, else without it, once."""
+
+    def created(folder: Path | None) -> ort.InferenceSession:
+        return _create(file, options, [(p, provider_options(p, runtime, folder)) for p in wanted])
+
+    is_old = is_filled(cache)
+    try:
+        return _Compiled(created(cache), cache, is_old)
+    except ModelError:
+        if cache is None or not is_old:
+            raise
+        log.warning("%s does not load with what lies in %s; it is compiled anew", file.name, cache)
+        with renewed(cache) as fresh:
+            return _Compiled(created(fresh), fresh)
 
 
 def _create(
@@ -280,23 +305,12 @@ def _create(
         ) from error
 
 
-def _made(cache: Path | None) -> Path | None:
-    """The folder, private to this user; a line must not stop for want of a cache."""
-    try:
-        if cache is not None:
-            cache.mkdir(mode=0o700, parents=True, exist_ok=True)
-    except OSError as error:
-        log.warning("cache %s cannot be made (%s); every start compiles anew", cache, error.strerror or error)
-        return None
-    return cache
-
-
 def _try(session: ort.InferenceSession, file: ModelFile, image: NDArray[np.uint8]) -> None:
     try:
         session.run(None, {IMAGE: image})
     except Exception as error:  # onnxruntime raises many types
         raise ModelError(
-            f"{file.name} fails on {session.get_providers()[0]} with its first frame {image.shape[1:3]}: {first_line(error)}"
+            f"{file.name} fails on {session.get_providers()[0]} with a frame of noise {image.shape[1:3]}: {first_line(error)}"
         ) from error
 
 

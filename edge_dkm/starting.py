@@ -6,11 +6,8 @@ answers to a signal. A load of two seconds says nothing; after that the publishe
 
 from __future__ import annotations
 
-import atexit
 import contextlib
 import logging
-import os
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -20,13 +17,12 @@ from edge_dkm import __version__
 from edge_dkm.clock import rfc3339, utc_now
 from edge_dkm.commands.commands import Commands, Outcome, refused
 from edge_dkm.commands.decoder import VERBS
-from edge_dkm.inspector import Inspector
 from edge_dkm.message import State
-from edge_dkm.models import Tell
+from edge_dkm.models import Loaded, Tell
 from edge_dkm.mqtt.publisher import Publisher
 from edge_dkm.outbox import Outbox
+from edge_dkm.service.leaving import leave_at_end
 from edge_dkm.service.state_log import log_change
-from edge_dkm.service.stop_signals import stop_signals
 from edge_dkm.service.systemd import Notifier
 from edge_dkm.settings import LineSettings
 
@@ -36,7 +32,7 @@ EXTEND_S, EXTEND_AT_MOST_S = 60.0, 7200.0  # systemd: so long at a time, and in 
 GOODBYE_S = 2.5
 
 log = logging.getLogger(__name__)
-Load = Callable[[Tell], dict[str, Inspector]]
+Load = Callable[[Tell], Loaded]
 
 
 class StoppedError(Exception):
@@ -56,40 +52,60 @@ class Start:
         self._step: tuple[str, str, float] = ("LOADING", "loading", time.monotonic())
         self._since = rfc3339(utc_now())
 
-    def load(self, load: Load) -> dict[str, Inspector]:
+    @property
+    def is_stopped(self) -> bool:
+        """Whether nobody waits for the load any more."""
+        return self._stop_asked.is_set()
+
+    def stop(self) -> None:
+        """A signal asked to stop."""
+        self._stop_asked.set()
+        self._attention.set()
+
+    def load(self, load: Load) -> Loaded:
         """What `load` returns or raises.
 
         Raises:
             StoppedError: a signal came first; the load is left to itself.
         """
         work = _Work(load, self._tell, self._attention.set)
-        with stop_signals(self._stop_asked, self._attention.set):
-            work.start()
-            started_s = say_due_s = time.monotonic()
-            say_due_s += QUIET_S
-            while not work.is_done and not self._stop_asked.is_set():
-                self._attention.wait(max(0.0, say_due_s - time.monotonic()))
-                self._attention.clear()
-                if not work.is_done and time.monotonic() >= say_due_s:
-                    say_due_s = time.monotonic() + SAY_EVERY_S
-                    self._say(time.monotonic() - started_s)
-        if self._stop_asked.is_set():
+        try:
+            if not self.is_stopped:
+                work.start()
+                self._await(work)
+            if self.is_stopped:
+                raise StoppedError
+            return work.result()
+        except BaseException:
+            self._stop_asked.set()
             work.abandon()
             if self._own_process and work.is_alive():
-                atexit.register(_leave)
-            raise StoppedError
-        return work.result()
+                leave_at_end(work)
+            raise
+
+    def _await(self, work: _Work) -> None:
+        started_s = say_due_s = time.monotonic()
+        say_due_s += QUIET_S
+        while not work.is_done and not self.is_stopped:
+            self._attention.wait(max(0.0, say_due_s - time.monotonic()))
+            self._attention.clear()
+            if not work.is_done and time.monotonic() >= say_due_s:
+                say_due_s = time.monotonic() + SAY_EVERY_S
+                self._say(time.monotonic() - started_s)
 
     @contextlib.contextmanager
     def announced(self) -> Iterator[None]:
         """What ends the start inside is said, where anything was said before, and the publisher is ended with it."""
         try:
             yield
-        except StoppedError:
-            self._end("halted", None, None)
-            raise
         except Exception as error:
-            self._end("error", "E-STOPPED", str(error))
+            if isinstance(error, StoppedError):
+                self._end("halted", None, None)
+            else:
+                self._end("error", "E-STOPPED", str(error))
+            raise
+        except BaseException:  # a second signal
+            self._end("halted", None, None)
             raise
 
     def hand_over(self) -> Publisher | None:
@@ -155,7 +171,7 @@ class _Work(threading.Thread):
         self._load, self._tell, self._done = load, tell, done
         self._lock = threading.Lock()
         self._is_abandoned = self.is_done = False
-        self._loaded: dict[str, Inspector] = {}
+        self._loaded: Loaded | None = None
         self._error: BaseException | None = None
 
     def run(self) -> None:
@@ -169,11 +185,11 @@ class _Work(threading.Thread):
                 self._close()
         self._done()
 
-    def result(self) -> dict[str, Inspector]:
+    def result(self) -> Loaded:
         """Once it is done."""
         self.join()
-        if self._error is not None:
-            raise self._error
+        if self._error is not None or self._loaded is None:
+            raise self._error or RuntimeError("the load was not begun")
         return self._loaded
 
     def abandon(self) -> None:
@@ -184,12 +200,5 @@ class _Work(threading.Thread):
                 self._close()
 
     def _close(self) -> None:
-        for inspector in self._loaded.values():
-            inspector.close()
-
-
-def _leave() -> None:
-    """Ends a process whose loading thread is inside a provider: taking the interpreter down around it may crash."""
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(0)
+        if self._loaded is not None:
+            self._loaded.close()

@@ -9,11 +9,12 @@ import time
 
 from devices.errors import CameraError
 from devices.outputs.requirements import output_problem
+from edge_dkm.batching import measure_limits
 from edge_dkm.errors import BrokerError, EdgeError, UsageError
 from edge_dkm.framing import frame_problem
 from edge_dkm.line import Line
 from edge_dkm.line_report import LineReport, report
-from edge_dkm.models import load_models
+from edge_dkm.models import Loaded, Tell, load_models
 from edge_dkm.mqtt.delivery import Problem
 from edge_dkm.mqtt.embedded_broker import EmbeddedBroker, as_embedded_speaks
 from edge_dkm.mqtt.link import check_files
@@ -50,7 +51,7 @@ def run_line(settings: LineSettings, max_parts: int | None = None, *, own_proces
         EdgeError, CameraError: what stopped it, with its exit code.
     """
     check_files(settings.mqtt)
-    with StateFolder(settings.state) as folder, contextlib.ExitStack() as stack:
+    with stop_signals() as wish, StateFolder(settings.state) as folder, contextlib.ExitStack() as stack:
         if settings.mqtt.host == EMBEDDED:
             broker = EmbeddedBroker(settings.mqtt.effective_port, folder.path / "broker")
             stack.callback(broker.close)
@@ -62,18 +63,26 @@ def run_line(settings: LineSettings, max_parts: int | None = None, *, own_proces
         stack.callback(outbox.close)
         _warn(settings)
         start, started_s = Start(settings, outbox, own_process), time.monotonic()
+        wish.call(start.stop)
         try:
             with start.announced():
-                inspectors = start.load(lambda tell: load_models(settings, tell))
-                for inspector in inspectors.values():
-                    stack.callback(inspector.close)
-                line = Line(settings, folder, outbox, inspectors, start.hand_over())
+                loaded = start.load(lambda tell: _load(settings, tell, start))
+                stack.callback(loaded.close)
+                line = Line(settings, folder, outbox, loaded.inspectors, start.hand_over())
+                line.pipeline.share_runs(loaded.limits)
                 stack.callback(AdminServer(folder.path / SOCKET, admin_handlers(line)).close)
                 if settings.health.port is not None:
                     stack.callback(_health_server(line).close)
         except StoppedError:
             return report({}, [], outbox.status().rows, time.monotonic() - started_s)
-        return Supervisor(line, own_process).run(max_parts)
+        supervisor = Supervisor(line, own_process)
+        wish.call(supervisor.stop)  # one that came since the load ends the line in order: outputs at NG, a goodbye
+        return supervisor.run(max_parts)
+
+
+def _load(settings: LineSettings, tell: Tell, start: Start) -> Loaded:
+    inspectors = load_models(settings, tell)
+    return Loaded(inspectors, measure_limits(settings.cameras, inspectors, tell, lambda: start.is_stopped))
 
 
 def _warn(settings: LineSettings) -> None:
@@ -115,22 +124,21 @@ class Supervisor:
         """Until there is a reason to end; raises it where it is an error."""
         started_s = time.monotonic()
         line = self._line
-        with stop_signals(self._stop_asked, self._stop):
-            error: BaseException | None
-            try:
-                line.start()
-                self._notifier.ready()
-                error = self._watch(max_parts)
-            except Exception as caught:  # noqa: BLE001 (it is raised again, after what was inspected is safe and announced)
-                error = caught
-            self._notifier.stopping()
-            self._end_in_time(error)
-            if error is not None:  # before the stop, which takes seconds where something hangs
-                line.announcer.state("error", error)
-            # Whatever the reason: outputs are left at NG, and what was inspected is committed.
-            trouble = self._stop_capturing(error)
-            error = error or trouble
-            drained = self._drain(error)
+        error: BaseException | None
+        try:
+            line.start()
+            self._notifier.ready()
+            error = self._watch(max_parts)
+        except Exception as caught:  # noqa: BLE001 (it is raised again, after what was inspected is safe and announced)
+            error = caught
+        self._notifier.stopping()
+        self._end_in_time(error)
+        if error is not None:  # before the stop, which takes seconds where something hangs
+            line.announcer.state("error", error)
+        # Whatever the reason: outputs are left at NG, and what was inspected is committed.
+        trouble = self._stop_capturing(error)
+        error = error or trouble
+        drained = self._drain(error)
         done = report(
             line.pipeline.tallies, list(line.pipeline.timings), line.outbox.status().rows, time.monotonic() - started_s
         )
@@ -241,8 +249,9 @@ class Supervisor:
         else:
             cancel_end()
 
-    def _stop(self) -> None:
+    def stop(self) -> None:
         """A signal asked to stop."""
+        self._stop_asked.set()
         self._line.attention.set()
         if self._own_process:  # also where the end of recorded material is under way already
             end_at_latest(END_S)

@@ -10,11 +10,12 @@ from typing import Any
 from devices.errors import DeviceError
 from devices.profile import shipped_profiles
 from devices.providers import is_installed
+from edge_dkm.compiled import is_filled
 from edge_dkm.errors import EdgeError, ModelError, ParityError
 from edge_dkm.golden import GoldenReport
 from edge_dkm.inspector import Inspector, Runtime
 from edge_dkm.models import line_runtime, open_proven, runtime_of
-from edge_dkm.session import Ran
+from edge_dkm.session import Ran, cache_folder, runs_on_cpu_alone
 from edge_dkm.settings import LineSettings
 
 
@@ -93,10 +94,9 @@ def warm(models: Sequence[str], device: str, runtime: Runtime) -> Iterator[Proof
     """
     for model in models:
         proof, inspector = _proven(model, device, runtime)
-        if inspector.ran.cache is not None and not any(inspector.ran.cache.iterdir()):
-            raise ModelError(
-                f"{device} has left nothing in its cache {inspector.ran.cache}; is there room and permission?"
-            )
+        wanted = None if runs_on_cpu_alone(runtime) else cache_folder(inspector.file, runtime)
+        if wanted is not None and not is_filled(inspector.ran.cache):
+            raise ModelError(f"{device} has left nothing in its cache {wanted}; is there room and permission?")
         yield proof
 
 
@@ -107,6 +107,6 @@ def line_models(settings: LineSettings) -> tuple[list[str], Runtime]:
 
 
 def _proven(model: str, device: str, runtime: Runtime) -> tuple[Proof, Inspector]:
-    inspector, report = open_proven(lambda: Inspector(model, runtime=runtime))
+    inspector, report = open_proven(lambda runtime: Inspector(model, runtime=runtime), runtime)
     inspector.close()
     return Proof(device, runtime.device or device, bool(runtime.run_here), report, inspector.ran), inspector

@@ -57,7 +57,7 @@ def _export(arguments: argparse.Namespace) -> int:
     lines = [
         f"model     {exported.path}  sha256 {exported.sha256[:12]}",
         f"verified  {exported.golden_images} golden images; PyTorch and onnxruntime differ by at most "
-        f"{exported.parity.max_score_difference:.1e} in the score",
+        f"{exported.parity.max_score_difference:.1e} in the score{_of_fp32(exported.int8)}",
         "clusters  "
         + ", ".join(
             f"{row['name']}{' = ' + row['verdict'] if row.get('verdict') else ''}" for row in exported.clusters
@@ -88,13 +88,17 @@ def _export(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _of_fp32(int8: Int8 | None) -> str:
+    return " (of the fp32 graph)" if int8 is not None and int8.accepted is not None else ""
+
+
 def _int8_sentence(int8: Int8) -> str:
-    if int8.report is None or int8.reasons:
+    if int8.report is None or int8.accepted is None:
         return f"fp32; int8 is not kept: {'; '.join(int8.reasons)}"
     report = int8.report
-    rate = "" if report.frr is None else f", false rejects {report.frr:.2%}"
+    rate = "" if report.rates is None else f", false rejects {report.rates.int8:.2%} (fp32 {report.rates.fp32:.2%})"
     return (
-        f"int8: ids agree on {report.agreement:.2%} of {report.frames} held-out frames (worst cluster {report.cluster_agreement:.2%}), "
+        f"int8: ids agree on {report.agreement:.2%} of {report.frames} held-out frames (worst cluster {report.cluster_agreement[report.worst_cluster]:.2%}), "
         f"scores correlate by {report.spearman:.4f}{rate}, {report.speed:.2f} times as fast as fp32 here"
     )
 

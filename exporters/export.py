@@ -20,6 +20,7 @@ from edge_dkm.golden import save_golden, verify_golden
 from edge_dkm.inspector import Inspector
 from edge_dkm.model_file import digest_path, golden_path
 from exporters.errors import ExportError
+from exporters.gate import Promise
 from exporters.graph import FusedModel
 from exporters.int8 import Fp32, Int8, try_int8
 from exporters.trace import trace
@@ -76,19 +77,17 @@ def export_run(run: Run, path: Path, options: ExportOptions | None = None) -> Ex
         draft = Inspector(_with_metadata(proto, props))
         answers = make_golden(draft, fused, candidates)
         parity = check_parity(draft, fused, answers.images)
+        proof = {"max_abs": parity.max_score_difference, "id_agreement": 1.0, "ort": ort.__version__}
         if options.int8:
-            int8 = try_int8(run, Fp32(proto, draft, frame, lambda model: Inspector(_with_metadata(model, props))))
-            props["dkm.quantization"] = json.dumps(int8.plain())
-            if int8.model is not None:
-                proto, props["dkm.precision"] = int8.model, "int8"
-                answers = make_golden(Inspector(_with_metadata(proto, props)), fused, candidates, int8.tolerance)
+            as_int8 = {**props, "dkm.precision": "int8"}
+            fp32 = Fp32(proto, fused, draft, frame, candidates, lambda m: Inspector(_with_metadata(m, as_int8)))
+            int8 = try_int8(run, fp32, _promise(run, novelty, rejected))
+            props["dkm.quantization"] = json.dumps(int8.plain(), allow_nan=False)
+            if int8.accepted is not None and int8.report is not None:
+                proto, answers, props["dkm.precision"] = int8.accepted.model, int8.accepted.golden, "int8"
+                proof |= {"max_abs": int8.report.score_gap, "id_agreement": int8.report.agreement}
         golden_bytes = save_golden(answers)
-        props |= {
-            "dkm.golden_sha256": hashlib.sha256(golden_bytes).hexdigest(),
-            "dkm.parity": json.dumps(
-                {"max_abs": parity.max_score_difference, "id_agreement": 1.0, "ort": ort.__version__}
-            ),
-        }
+        props |= {"dkm.golden_sha256": hashlib.sha256(golden_bytes).hexdigest(), "dkm.parity": json.dumps(proof)}
         data = _with_metadata(proto, props)
         verify_golden(Inspector(data), answers)
     except EdgeError as error:
@@ -148,6 +147,12 @@ def _calibrate(run: Run, rejected: frozenset[int]) -> dict[str, Any]:
         "groups": calibration.groups,
         "scale": calibration.scale,
     }
+
+
+def _promise(run: Run, novelty: dict[str, Any], rejected: frozenset[int]) -> Promise | None:
+    if not run.parts.is_held_out:
+        return None
+    return Promise(novelty["promised_frr"], novelty["groups"], novelty.get("unit", "part"), rejected)
 
 
 def _metadata(

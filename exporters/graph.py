@@ -3,7 +3,7 @@
 Symbols: N frames, H x W pixels of the ROI, C h w the encoder's input, F features, K clusters, D embedding size, M calibration parts.
 
     image uint8 (N,H,W,3)
-      | Preprocess          trainer/preprocess.py: fit, resize (exact integer steps of a fixed frame: exporters/halving.py)
+      | Preprocess          trainer/preprocess.py: fit, resize (exact integer steps of a fixed frame: exporters/downscaling.py)
     pixels uint8 (N,h,w,3)
       | Cast, normalise     folded into the first convolution by exporters/folding.py
     x (N,C,h,w)
@@ -30,7 +30,7 @@ import torch
 from torch import Tensor, nn
 
 from trainer import novelty
-from trainer.distance import DIRECT_LIMIT, squared_distances, squared_distances_matmul
+from trainer.distance import DIRECT_LIMIT, squared_distances_matmul
 from trainer.model import ClusterModel
 
 
@@ -55,8 +55,7 @@ class FusedModel(nn.Module):
         pixels = model.preprocess.geometry(image)  # (N, h, w, 3)
         features = model.encoder(model.preprocess.normalise(pixels))  # (N, F)
         embedding = model.projection(features)  # (N, D)
-        d2 = self._squared_distances(model.projection.to_cluster_space(embedding), centroids)  # (N, K)
-        distances = d2.sqrt()
+        distances = self._distances(model.projection.to_cluster_space(embedding), centroids)  # (N, K)
         distance, cluster_id = distances.min(1)
         s = novelty.raw_score(novelty.novelty_distance(embedding, cluster_mean, cluster_id), cluster_radius, cluster_id)
         novelty_score = s / novelty_scale
@@ -64,10 +63,10 @@ class FusedModel(nn.Module):
         is_novel = novelty_score > novelty_threshold
         return pixels, features, cluster_id, distance, novelty_score, p_value, is_novel, distances, embedding
 
-    def _squared_distances(self, z: Tensor, centroids: Tensor) -> Tensor:
+    def _distances(self, z: Tensor, centroids: Tensor) -> Tensor:
         if self.model.centroids.numel() <= DIRECT_LIMIT:
-            return squared_distances(z, centroids)
-        return squared_distances_matmul(z, centroids, self.centre)
+            return torch.linalg.vector_norm(z[:, None, :] - centroids, dim=-1)
+        return squared_distances_matmul(z, centroids, self.centre).sqrt()
 
     def overridable(self) -> dict[str, Tensor]:
         """The initial values of the overridable inputs, in the order of `forward`."""

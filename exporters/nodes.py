@@ -7,11 +7,10 @@ import onnx
 from numpy.typing import NDArray
 from onnx import numpy_helper
 
-from edge_dkm.contract import IMAGE
+from edge_dkm.contract import FEATURES, IMAGE, PIXELS
 from exporters.errors import ExportError
 
 EMBEDDING = "embedding"
-PIXELS, FEATURES = "pixels", "features"  # the tensors between which the encoder lies
 _NEIGHBOUR = {PIXELS: IMAGE, FEATURES: EMBEDDING, IMAGE: IMAGE, EMBEDDING: EMBEDDING}
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,56 +11,78 @@ import numpy as np
 from numpy.typing import NDArray
 
 from exporters.errors import ExportError
-from exporters.gate import HeldOut
 from trainer.artifact import Run
 from trainer.errors import DataError
 from trainer.images import BadImageError, Item, open_images
 
 Image = NDArray[np.uint8]
-MAX_HELD_OUT = 2000
+MIN_FOUND = 0.9  # of the run's images: with fewer the folder is another one
+MIN_RANGES, MAX_RANGES = 100, 512  # below 300 the ranges of activations begin to be a matter of chance
+MIN_HELD_OUT, MAX_HELD_OUT = 200, 2000  # with fewer, one image decides whether 99.5 % agree
 SEEN = "train"
+
+
+@dataclass(frozen=True)
+class OwnImage:
+    """One image, decoded when it is asked for. `group` and `is_good` as the run's calibration has them."""
+
+    item: Item
+    group: int
+    is_good: bool
+
+    def read(self) -> Image:
+        """(H, W, 3) uint8 BGR."""
+        image = self.item.read()[0]
+        return np.repeat(image, 3, axis=2) if image.shape[2] == 1 else image
 
 
 @dataclass(frozen=True)
 class OwnImages:
     """`ranges`: training images for the ranges of activations; `held_out`: what neither training nor the ranges have seen."""
 
-    ranges: list[Image]
-    held_out: list[HeldOut]
+    ranges: Sequence[OwnImage]
+    held_out: Sequence[OwnImage]
 
 
-def read_own_images(run: Run, frame: tuple[int, int] | None, n_ranges: int) -> OwnImages:
-    """At most `n_ranges` and MAX_HELD_OUT images, drawn by the run's seed; of the size `frame` (height, width) where it is fixed.
+def pixels_of(images: Sequence[OwnImage]) -> Iterator[Image]:
+    """One after the other: thousands of camera frames do not fit into memory."""
+    return (image.read() for image in images)
+
+
+def find_own_images(run: Run, frame: tuple[int, int] | None) -> OwnImages:
+    """At most MAX_RANGES and MAX_HELD_OUT images, drawn by the run's seed; of the size `frame` (height, width) where it is fixed.
 
     Where all images were trained on (`novelty: none`) one half of them stands for held-out ones.
 
     Raises:
-        ExportError: the images are not there any more, or too few have that size.
+        ExportError: the images are not there any more, or too few to say anything.
     """
     rows = _assignments(run)
     try:
         items = [item for item in open_images(run.settings.data).items if item.name in rows]
     except DataError as error:
         raise ExportError(f"int8 needs the images of the run, which cannot be read: {error}") from None
+    if len(items) < MIN_FOUND * len(rows):
+        raise ExportError(
+            f"int8 needs the images of the run, but only {len(items)} of {len(rows)} are left in {run.settings.data.path}"
+        )
     rng = np.random.default_rng(run.settings.train.seed)
     items = [items[n] for n in rng.permutation(len(items))]
     seen = [item for item in items if rows[item.name]["split"] == SEEN]
     unseen = [item for item in items if rows[item.name]["split"] != SEEN]
-    if not unseen:
-        half = len(seen) // 2
-        seen, unseen = seen[:half], seen[half:]
-    groups = {group: n for n, group in enumerate(dict.fromkeys(item.group for item in unseen))}
-    ranges = [image for _, image in _decoded(seen, frame, n_ranges)]
-    held_out = [
-        HeldOut(image, groups[item.group], rows[item.name]["split"] in {"radius", "calibration"})
-        for item, image in _decoded(unseen, frame, MAX_HELD_OUT)
-    ]
-    if not ranges or not held_out:
-        size = f" of {frame[1]}x{frame[0]}" if frame else ""
-        raise ExportError(
-            f"int8 needs training and held-out images{size}; of {len(rows)} images of the run {len(ranges)} and {len(held_out)} were found"
-        )
-    return OwnImages(ranges, held_out)
+    if all(row["split"] == SEEN for row in rows.values()):
+        seen, unseen = seen[: len(seen) // 2], seen[len(seen) // 2 :]
+    ranges, held_out = _usable(seen, frame, MAX_RANGES), _usable(unseen, frame, MAX_HELD_OUT)
+    for what, found, needed in (("training", ranges, MIN_RANGES), ("held-out", held_out, MIN_HELD_OUT)):
+        if len(found) < needed:
+            size = f" of {frame[1]}x{frame[0]}" if frame else ""
+            raise ExportError(f"int8 needs {needed} {what} images{size} to be judged, the run has {len(found)}")
+    groups = {group: n for n, group in enumerate(dict.fromkeys(item.group for item in held_out))}
+    calibrating = {"radius", "calibration"}
+    return OwnImages(
+        [OwnImage(item, 0, False) for item in ranges],
+        [OwnImage(item, groups[item.group], rows[item.name]["split"] in calibrating) for item in held_out],
+    )
 
 
 def _assignments(run: Run) -> dict[str, dict[str, Any]]:
@@ -71,15 +94,16 @@ def _assignments(run: Run) -> dict[str, dict[str, Any]]:
         return {row["file"]: row for row in csv.DictReader(file)}
 
 
-def _decoded(items: list[Item], frame: tuple[int, int] | None, limit: int) -> list[tuple[Item, Image]]:
-    found: list[tuple[Item, Image]] = []
+def _usable(items: Sequence[Item], frame: tuple[int, int] | None, limit: int) -> list[Item]:
+    """The first `limit` that can be decoded and have the size of the graph."""
+    found: list[Item] = []
     for item in items:
         try:
-            image = item.read()[0]
+            size = item.read()[0].shape[:2]
         except BadImageError:
             continue
-        if frame is None or image.shape[:2] == frame:
-            found.append((item, np.repeat(image, 3, axis=2) if image.shape[2] == 1 else image))
+        if frame is None or size == frame:
+            found.append(item)
         if len(found) == limit:
             break
     return found

@@ -19,24 +19,24 @@ from numpy.typing import NDArray
 from onnx import TensorProto, helper
 from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
 
-from edge_dkm.contract import IMAGE
+from edge_dkm.contract import FEATURES, IMAGE, PIXELS
 from exporters.bias_correction import correct_biases, correct_features
 from exporters.errors import ExportError
-from exporters.nodes import FEATURES, PIXELS, consumers, producer, prune, replace_nodes, seam
+from exporters.nodes import consumers, producer, prune, replace_nodes, seam
+from exporters.own_images import OwnImage, pixels_of
 from exporters.probe import Probe
 from exporters.ranges import Range, activation_ranges
 
-Image = NDArray[np.uint8]
 WEIGHTED = {"Conv", "Gemm", "MatMul"}
+POOLING = {"ReduceMean", "GlobalAveragePool"}
 SAMPLE = 48  # images for mean outputs and for where to cut, which settle sooner than the widest values
-CALIBRATION_IMAGES = 512  # below 300 the ranges are a matter of chance
 
 
-def quantize_encoder(proto: onnx.ModelProto, images: Sequence[Image]) -> onnx.ModelProto:
+def quantize_encoder(proto: onnx.ModelProto, images: Sequence[OwnImage]) -> onnx.ModelProto:
     """A copy of the fused model whose encoder computes in int8.
 
     Args:
-        images: (H, W, 3) uint8 each, for the ranges of the activations; of a size that the graph takes.
+        images: for the ranges of the activations; of a size that the graph takes.
 
     Raises:
         ExportError: the encoder has no layer that can be quantised.
@@ -90,33 +90,27 @@ def _cut_out(model: onnx.ModelProto, entry: str, features: str, shape: tuple[int
     return helper.make_model(graph, ir_version=model.ir_version, opset_imports=list(model.opset_import))
 
 
-def _entry_values(model: onnx.ModelProto, entry: str, images: Iterable[Image]) -> Iterator[NDArray[np.float32]]:
+def _entry_values(model: onnx.ModelProto, entry: str, images: Sequence[OwnImage]) -> Iterator[NDArray[np.float32]]:
     """What the graph itself gives to its encoder for each image."""
     probe = Probe(model, [entry])
-    for image in images:
+    for image in pixels_of(images):
         yield np.asarray(probe({IMAGE: image[None]})[entry], np.float32)
 
 
 def _stays_float(graph: onnx.GraphProto, features: str) -> list[str]:
-    """Names of the last layer with weights where nothing but it gives the features, and of all nodes behind the last one."""
-    by_output = {name: node for node in graph.node for name in node.output}
-    last = by_output[features]
-    if last.op_type in WEIGHTED:
-        return [last.name]
-    names, waiting = [], [features]
-    while waiting:
-        node = by_output.get(waiting.pop())
-        # An Add or Relu next to a convolution is fused with it, and is quantised with it.
-        if node is not None and node.op_type not in WEIGHTED | {"Relu", "Add", "MaxPool"} and node.name not in names:
-            if node.op_type == "Concat" and any(_gives_maps(by_output.get(name)) for name in node.input):
-                continue  # of feature maps: inside the network
+    """Names of what is not quantised: the layer that gives the features, and all behind the pooling of feature maps.
+
+    There a vector is left: next to nothing to compute, and projections among it, whose eight bits would be in every distance.
+    """
+    pooled: set[str] = set()
+    names = []
+    for node in graph.node:
+        is_last = features in node.output and node.op_type in WEIGHTED
+        if node.op_type in POOLING or pooled.intersection(node.input):
+            pooled.update(node.output)
+        if is_last or pooled.intersection(node.output):
             names.append(node.name)
-            waiting += node.input
     return names
-
-
-def _gives_maps(node: onnx.NodeProto | None) -> bool:
-    return node is not None and node.op_type in WEIGHTED | {"Relu", "Add", "MaxPool"}
 
 
 def _takes_bytes(graph: onnx.GraphProto, entry: str) -> bool:

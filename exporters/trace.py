@@ -17,12 +17,23 @@ import torch
 from onnx import TensorProto, helper, numpy_helper
 from torch import Tensor, nn
 
-from edge_dkm.contract import CODEBOOK, IMAGE, INPUT, IR_VERSION, OPSET, OUTPUTS, OVERRIDABLE, TensorSpec
+from edge_dkm.contract import (
+    CODEBOOK,
+    FEATURES,
+    IMAGE,
+    INPUT,
+    IR_VERSION,
+    OPSET,
+    OUTPUTS,
+    OVERRIDABLE,
+    PIXELS,
+    TensorSpec,
+)
 from exporters.downscaling import speed_up_downscaling
 from exporters.errors import ExportError
 from exporters.folding import fold_normalisation
 from exporters.graph import FusedModel
-from exporters.nodes import FEATURES, PIXELS, prune
+from exporters.nodes import prune
 
 TYPES = {
     "tensor(uint8)": TensorProto.UINT8,

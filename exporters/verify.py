@@ -72,7 +72,8 @@ def make_golden(
     keep = [n for n in range(len(images)) if kinds[n] != PART or golden.is_decisive(n, decisive)]
     if sum(kinds[n] == PART for n in keep) < MIN_PARTS:
         raise ExportError(
-            f"none of {len(usable)} training images lies clearly nearer to one centroid than to the next; the clusters coincide, train again"
+            f"none of {len(usable)} training images lies clearly nearer to one centroid than to the next (by {decisive * tolerance:.2g}); "
+            f"the clusters coincide, train again"
         )
     return Golden(
         [images[n] for n in keep],
@@ -90,12 +91,7 @@ def check_parity(inspector: Inspector, fused: FusedModel, images: list[Image]) -
     Raises:
         ExportError: naming output, image and both values.
     """
-    spec = inspector.metadata.input
-    if spec.h is None:
-        rng = np.random.default_rng(0)
-        height, width = images[0].shape[:2]
-        sizes = ((height, width + 31), (height + 17, width), (max(8, height // 2) | 1, width))
-        images = [*images, *(rng.integers(0, 256, (*size, 3), dtype=np.uint8) for size in sizes)]
+    images = _with_other_sizes(inspector, images)
     worst_score = worst_distance = 0.0
     for n, image in enumerate(images):
         actual = inspector.run(image[None], [s.name for s in OUTPUTS], overrides={})
@@ -105,6 +101,26 @@ def check_parity(inspector: Inspector, fused: FusedModel, images: list[Image]) -
         score, distance = _compare(n, actual, expected)
         worst_score, worst_distance = max(worst_score, score), max(worst_distance, distance)
     return Parity(len(images), worst_score, worst_distance)
+
+
+def _with_other_sizes(inspector: Inspector, images: list[Image]) -> list[Image]:
+    """`images`, and noise of other sizes where the graph takes any."""
+    if inspector.metadata.input.h is not None:
+        return images
+    rng = np.random.default_rng(0)
+    height, width = images[0].shape[:2]
+    sizes = ((height, width + 31), (height + 17, width), (max(8, height // 2) | 1, width))
+    return [*images, *(rng.integers(0, 256, (*size, 3), dtype=np.uint8) for size in sizes)]
+
+
+def check_runs(inspector: Inspector, images: list[Image]) -> None:
+    """Raises ExportError where an output is not finite, on `images` of the graph's size or on other sizes; for graphs without a twin in PyTorch."""
+    spec = inspector.metadata.input
+    usable = [image for image in images if spec.h is None or image.shape[:2] == (spec.h, spec.w)]
+    for n, image in enumerate(_with_other_sizes(inspector, usable)):
+        for name, value in inspector.run(image[None], [s.name for s in OUTPUTS], overrides={}).items():
+            if not np.isfinite(value.astype(np.float64)).all():
+                raise ExportError(f"output {name} of image {n} is not finite: {value.ravel()[:4]}")
 
 
 def _compare(n: int, actual: Outputs, expected: Outputs) -> tuple[float, float]:

@@ -38,6 +38,10 @@ from trainer.settings import TrainSettings
 from trainer.whole_file import save_tensors, write_whole
 
 SCHEMA = "dkm.run/1"
+METRICS, COLLAPSED = (
+    "metrics.jsonl",
+    "collapsed",
+)  # the latter: the stage of the last line where a guard stopped the training
 ASSIGNMENT_COLUMNS = ("file", "split", "label", "cluster", "distance", "novelty_score")
 
 
@@ -137,12 +141,7 @@ def load_run(path: str | Path, device: str = "cpu") -> Run:
     if not folder.is_dir():
         raise ArtifactError(f"{folder}: no such run folder; `dkm-train fit` writes one")
     if not (folder / "model.json").is_file():
-        state = (
-            "an unfinished run; `dkm-train fit ... --resume` completes it"
-            if (folder / "config.yaml").is_file()
-            else "no run folder (no model.json)"
-        )
-        raise ArtifactError(f"{folder} is {state}")
+        raise ArtifactError(f"{folder} is {_incomplete(folder)}")
     try:
         info = json.loads((folder / "model.json").read_text(encoding="utf-8"))
         if info.get("schema") != SCHEMA:
@@ -164,6 +163,21 @@ def load_run(path: str | Path, device: str = "cpu") -> Run:
     )
     set_calibration(model, parts, settings.calibration or NoveltySettings())
     return Run(folder, settings, model.to(device).eval(), parts, info, info.get("metrics", {}))
+
+
+def _incomplete(folder: Path) -> str:
+    """What a folder without model.json is."""
+    if not (folder / "config.yaml").is_file():
+        return "no run folder (no model.json)"
+    try:
+        last = json.loads((folder / METRICS).read_text(encoding="utf-8").splitlines()[-1])
+    except (OSError, ValueError, IndexError):
+        last = {}
+    if last.get("stage") == COLLAPSED:
+        return (
+            f"a run whose training collapsed ({last.get('why')}); it cannot be used: change the settings and fit again"
+        )
+    return "an unfinished run; `dkm-train fit ... --resume` completes it"
 
 
 def load_labels(folder: Path, learned: Sequence[str]) -> Labels:

@@ -18,17 +18,17 @@ from numpy.typing import NDArray
 from torch import nn
 
 from configs import Sources, find, load_settings
-from trainer.artifact import Run, build_model, save_run, write_config
+from trainer.artifact import COLLAPSED, METRICS, Run, build_model, save_run, write_config
 from trainer.autoencoder import Recipe, SharedAutoencoder
 from trainer.checkpoint import NAME, Position, load_checkpoint
 from trainer.codebook import Embedded, cluster_table, finish, set_calibration
 from trainer.data import Dataset, load_dataset
-from trainer.errors import DataError
+from trainer.errors import CollapseError, DataError
 from trainer.frozen_features import frozen_features
 from trainer.golden import choose, save_images
 from trainer.images import open_images
 from trainer.learner import SCRATCH, Learner, LearnerOptions, Supervision
-from trainer.loop import METRICS, Loop, append_metrics
+from trainer.loop import Loop, append_metrics
 from trainer.methods import METHODS, Method
 from trainer.novelty import NoveltySettings
 from trainer.progress import Progress, Silent
@@ -75,7 +75,11 @@ def fit(config: str | Path | TrainSettings, options: FitOptions | None = None) -
         options.progress.say(f"reading {settings.data.path}")
         dataset, split = _load(settings, options.progress)
         learner, frozen = _prepare(settings, (dataset, split), device, folder)
-        method, earlier_s = _train(settings, learner, (dataset, split), folder, options)
+        try:
+            method, earlier_s = _train(settings, learner, (dataset, split), folder, options)
+        except CollapseError as error:
+            append_metrics(folder, {"stage": COLLAPSED, "guard": error.guard, "why": str(error)})
+            raise
         run, outcome = _finish(settings, method, frozen, (dataset, split))
     run.metrics |= method.figures()  # the same dictionary as run.info["metrics"]
     run.info["train"] |= {"warnings": method.warnings(), "refusal": method.refusal()}

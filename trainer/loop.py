@@ -17,14 +17,13 @@ from typing import Any
 import torch
 
 from trainer import guards
+from trainer.artifact import METRICS
 from trainer.checkpoint import Checkpoint, Position, save_checkpoint
 from trainer.errors import TrainerError
 from trainer.learner import Learner
 from trainer.methods import Method
 from trainer.progress import Progress
 from trainer.stage import Stage
-
-METRICS = "metrics.jsonl"
 
 
 class InterruptedTraining(TrainerError):  # noqa: N818 (it is not a fault of the training)

@@ -41,7 +41,7 @@ class NoveltySettings(Settings):
 
 def novelty_distance(z: Tensor, cluster_mean: Tensor, ids: Tensor) -> Tensor:
     """(B,) distance of z (B, D), before L2, to the mean of its cluster."""
-    return (z - cluster_mean.index_select(0, ids)).square().sum(-1).sqrt()
+    return torch.linalg.vector_norm(z - cluster_mean.index_select(0, ids), dim=-1)
 
 
 def raw_score(distance: Tensor, cluster_radius: Tensor, ids: Tensor) -> Tensor:
@@ -51,8 +51,8 @@ def raw_score(distance: Tensor, cluster_radius: Tensor, ids: Tensor) -> Tensor:
 
 def p_value(s: Tensor, calibration: Tensor, weight: Tensor) -> Tensor:
     """(B,) share of good parts at least as strange: (1 + sum of weights with s_i >= s) / (G + 1)."""
-    at_least = (calibration >= s[:, None]).to(s.dtype) * weight  # (B, M)
-    return (1 + at_least.sum(-1)) / (1 + weight.sum())
+    at_least = (calibration >= s[:, None]).to(s.dtype)  # (B, M)
+    return (1 + at_least @ weight) / (1 + weight.sum())
 
 
 def radii(distance: Tensor, ids: Tensor, n_clusters: int) -> Tensor:

@@ -201,7 +201,7 @@ def _resize_antialiased(image: Tensor, height: int, width: int) -> Tensor:
     for axis, size in ((2, width), (1, height)):
         if image.shape[axis] == size:
             continue
-        weights = fixed_weights(image.shape[axis], size).to(image.device)
+        weights = _fixed_weights(image.shape[axis], size).to(image.device)
         # Products stay below 2^31 and sums below 2^53: float64 is exact, and unlike int64 it has a fast matrix product.
         sums = torch.tensordot(image.double(), weights, dims=([axis], [1])).movedim(-1, axis)
         half, unit = 2.0 ** (FIXED_POINT_BITS - 1), 2.0**FIXED_POINT_BITS
@@ -210,7 +210,7 @@ def _resize_antialiased(image: Tensor, height: int, width: int) -> Tensor:
 
 
 @lru_cache(maxsize=64)
-def fixed_weights(n_in: int, n_out: int) -> Tensor:
+def _fixed_weights(n_in: int, n_out: int) -> Tensor:
     """(n_out, n_in) float64 holding whole numbers: the triangle filter's weights times 2^22, rounded half away from zero."""
     return torch.floor(triangle_weights(n_in, n_out, antialias=True).double() * 2.0**FIXED_POINT_BITS + 0.5)
 

@@ -5,7 +5,6 @@ ResNet-18 has random weights: time does not depend on them. SqueezeNet has those
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +17,7 @@ import torch
 from benchmarks.table import WEIGHTS, real_set
 from configs import load_text
 from edge_dkm.inspector import Inspector, Runtime
+from edge_dkm.paired_runs import paired_ms
 from exporters.export import ExportOptions, export_run
 from tests.images import write_folder
 from trainer import FitOptions, Run, fit
@@ -25,7 +25,7 @@ from trainer.settings import TrainSettings
 
 THREADS = 2
 SIDE_PX, ROI_PX = 224, 448
-PER_KIND = 60  # real pictures of each of seven kinds
+PER_KIND = 120  # real pictures of each of seven kinds: fewer are too few for the int8 gate to judge by
 SETTINGS = """
 data: {{path: {path}}}
 preprocess: {{height_px: 224, width_px: 224, normalise: imagenet}}
@@ -43,7 +43,7 @@ WARM_UP = 20
 
 
 def run_of(name: str, folder: Path, real: bool = False) -> Run:
-    """A run with everything that the graph of a real one has, on 60 drawn images or (`real`) on 420 of x_sdd, made 448x448."""
+    """A run with everything that the graph of a real one has, on 60 drawn images or (`real`) on 777 of x_sdd, made 448x448."""
     images = folder / "images"
     if not images.exists():
         write_steel(images) if real else write_folder(images, side_px=ROI_PX)
@@ -112,15 +112,8 @@ class Turns:
 
 
 def in_turns(steps: Mapping[str, Callable[[], object]], rounds: int) -> Turns:
-    """One round runs every step once; the order turns from round to round, since a step heats the cache for the next."""
-    taken: dict[str, list[float]] = {name: [] for name in steps}
-    names = list(steps)
-    for n in range(rounds + WARM_UP):
-        for name in names[n % len(names) :] + names[: n % len(names)]:
-            started = time.perf_counter()
-            steps[name]()
-            if n >= WARM_UP:
-                taken[name].append((time.perf_counter() - started) * 1000)
+    """One round runs every step once."""
+    taken = paired_ms(steps, rounds, WARM_UP)
     return Turns({name: np.array(values) for name, values in taken.items()})
 
 

@@ -2,7 +2,8 @@
 
 Each camera is a process of its own that decodes a film at its own rate, over and over, and cuts out a ROI of 448x448; the station is
 `edge-dkm run`, the subscriber a third process. A frame that had to make way for a newer one is a dropped one. Frame to commit
-begins when the camera process has the frame.
+begins when the camera process has the frame. The table says which process keeps how much of the cores busy: real cameras decode elsewhere,
+and what else runs on the machine is no part of the measurement.
 
 python -m benchmarks.edge.four_cameras [--seconds N] [--cameras N] [--fp32]
 """
@@ -11,14 +12,17 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 import tempfile
+from dataclasses import dataclass
 from pathlib import Path
 
 import cv2
 import numpy as np
 
+from benchmarks.edge.cpu_time import CpuTime, children
 from benchmarks.edge.encoders import ROI_PX, run_of
 from benchmarks.table import show_table
 from edge_dkm.inspector import Inspector
@@ -92,8 +96,18 @@ def subscribe(port: int, count: int) -> None:
     print(len(seen))
 
 
-def measure(folder: Path, cameras: int, seconds: float, precision: str) -> tuple[dict, int, str]:
-    """(the line's own report, results that the subscriber has, precision)."""
+@dataclass(frozen=True)
+class Measured:
+    """`report`: the line's own; `published`: results that the subscriber has; `cores`: how many each process kept busy."""
+
+    report: dict
+    published: int
+    precision: str
+    cores: dict[str, float]
+
+
+def measure(folder: Path, cameras: int, seconds: float, precision: str) -> Measured:
+    """Runs the line until it has committed what so many seconds give."""
     model, really = export_model(folder, precision)
     films = [write_film(folder / f"{n}.mp4", n) for n in range(cameras)]
     count = int(cameras * FPS * seconds)
@@ -103,15 +117,30 @@ def measure(folder: Path, cameras: int, seconds: float, precision: str) -> tuple
             line = folder / "line.yaml"
             line.write_text(line_text(model, films, broker.port, folder / "state"))
             words = [Path(sys.executable).with_name("edge-dkm"), "run", line, "--max-parts", str(count), "--json"]
-            done = subprocess.run(words, capture_output=True, text=True, check=False)
-            if done.returncode:
+            with (
+                (folder / "log.txt").open("w") as log,
+                subprocess.Popen(words, stdout=subprocess.PIPE, stderr=log, text=True) as station,
+            ):
+
+                def groups() -> dict[str, list[int]]:
+                    decoding = children(station.pid)
+                    return {
+                        "the line": [station.pid],
+                        "cameras": decoding if len(decoding) == cameras else [],
+                        "broker": [pid for pid in children(os.getpid()) if pid not in {station.pid, listener.pid}],
+                        "subscriber": [listener.pid],
+                    }
+
+                cpu = CpuTime(groups)
+                out = station.communicate()[0]
+                cores = cpu.close()
+            if station.returncode:
                 listener.kill()
-                sys.exit(done.stderr[-2000:])
-            (folder / "log.txt").write_text(done.stderr)
+                sys.exit((folder / "log.txt").read_text()[-2000:])
             published = int(listener.communicate(timeout=180)[0].split()[-1])
     finally:
         broker.kill()
-    return json.loads(done.stdout.splitlines()[-1]), published, really
+    return Measured(json.loads(out.splitlines()[-1]), published, really, cores)
 
 
 def main() -> None:
@@ -127,12 +156,17 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         precision = "fp32" if arguments.fp32 else "int8"
-        report, published, really = measure(folder, arguments.cameras, arguments.seconds, precision)
+        measured = measure(folder, arguments.cameras, arguments.seconds, precision)
         said = [line for line in (folder / "log.txt").read_text().splitlines() if "several cameras" in line]
+    report, really = measured.report, measured.precision
     committed = report["latency_ms"]["capture to commit"]
     rows: list[list[object]] = [
         ["results committed", report["parts"], ""],
-        ["different results at the subscriber", published, f"{int(arguments.cameras * FPS * arguments.seconds)}"],
+        [
+            "different results at the subscriber",
+            measured.published,
+            f"{int(arguments.cameras * FPS * arguments.seconds)}",
+        ],
         ["frames dropped", report["dropped"], "0"],
         ["bad frames", report["bad"], "0"],
         ["rate, results/s", report["parts"] / report["seconds"], ""],
@@ -140,6 +174,10 @@ def main() -> None:
         ["frame to commit p50, ms", committed["p50"], ""],
         ["frame to commit p99, ms", committed["p99"], f"< {ASKED_P99_MS:g}"],
         ["several cameras in one run", said[-1].partition("cameras: ")[2] if said else "not measured", ""],
+        *(
+            [f"cores kept busy: {name}", f"{cores:.2f} of {os.cpu_count()}", ""]
+            for name, cores in measured.cores.items()
+        ),
     ]
     title = f"{arguments.cameras} cameras of {FPS} frames/s, SqueezeNet {really}, ROI {ROI_PX}x{ROI_PX}, {arguments.seconds:g} s"
     show_table(title, ["what", "measured", "asked"], rows)

@@ -20,8 +20,8 @@ from benchmarks.edge.encoders import ENCODERS, ROI_PX, THREADS, frames, in_turns
 from benchmarks.table import show_table
 from edge_dkm.inspector import FETCHED, Inspector, Runtime
 from exporters.export import ExportOptions
-from exporters.own_images import read_own_images
-from exporters.quantize import CALIBRATION_IMAGES, quantize_encoder
+from exporters.own_images import find_own_images
+from exporters.quantize import quantize_encoder
 from trainer import Run
 
 ROUNDS = 200
@@ -55,7 +55,7 @@ def said(found: dict[str, object]) -> str:
 
 def refused(run: Run, fp32: Inspector) -> Inspector:
     """The graph that was not written, to measure its time."""
-    images = read_own_images(run, (ROI_PX, ROI_PX), CALIBRATION_IMAGES)
+    images = find_own_images(run, (ROI_PX, ROI_PX))
     model = quantize_encoder(onnx.ModelProto.FromString(fp32.file.data), images.ranges)
     return Inspector(model.SerializeToString(), runtime=Runtime(threads=THREADS))
 

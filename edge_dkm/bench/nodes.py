@@ -10,11 +10,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
+from edge_dkm.contract import FEATURES, PIXELS
 from edge_dkm.errors import ModelError
 
 Place = Literal["pre-process", "encoder", "head"]
 PLACES: tuple[Place, ...] = ("pre-process", "encoder", "head")
-PIXELS, FEATURES = "pixels", "features"  # tensors that dkm-export names in every graph
 WEIGHTED = ("Conv", "Gemm", "MatMul")  # parts of the names of operators with weights, quantised and fused ones included
 GRAPH, NODE = 7, 1
 VARINT, FIXED64, LENGTH, FIXED32 = 0, 1, 2, 5
@@ -114,7 +114,9 @@ def place_nodes(nodes: Sequence[Node]) -> dict[str, Place]:
             has_weights[tensor] = weighted and not is_geometry
             comes_from_image[tensor] = from_image
             places[tensor] = place
-        places[node.name or f"{node.op_type}_{n}"] = place  # as onnxruntime names those without a name
+        places[node.name or f"{node.op_type}_{n}"] = (
+            place  # as onnxruntime names those without one; models of earlier versions have some
+        )
     return places
 
 

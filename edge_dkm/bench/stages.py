@@ -21,6 +21,7 @@ from edge_dkm.message import TriggerInfo, new_result_id
 from edge_dkm.outbox import Draft, Outbox
 from edge_dkm.pipeline import Pipeline
 from edge_dkm.results import Case, Clockings, completed, fitted, model_info, timestamp
+from edge_dkm.session import SPARE_FRAME
 
 STATION, CAMERA = "bench", "bench"
 TOPIC = f"dkm/v1/{STATION}/{CAMERA}/result"
@@ -60,8 +61,7 @@ class Scene:
 def scene_of(inspector: Inspector, size: tuple[int, int] | None) -> Scene:
     """The training's frame and region; where `size` (width, height) is given, frames of that size."""
     spec = inspector.metadata.input
-    trained = (spec.w, spec.h) if spec.w and spec.h else (spec.roi[2], spec.roi[3]) if spec.roi else spec.frame
-    width, height = size or trained or (224, 224)
+    width, height = size or spec.trained_size or SPARE_FRAME
     full, (x, y) = (width, height), (0, 0)
     if spec.roi is not None and spec.frame is not None and spec.roi[2:] == (width, height):
         full, (x, y) = spec.frame, spec.roi[:2]

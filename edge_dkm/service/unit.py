@@ -18,10 +18,9 @@ HOMES = (Path("/home"), Path("/root"), Path("/run/user"))
 TEMPORARY = (Path("/tmp"), Path("/var/tmp"))
 CAMERAS, GPIO = "char-video4linux", "char-gpiochip"
 # What a device profile's providers need besides cameras; written from documentation, as those profiles are.
-PROVIDER_DEVICES = {
-    "openvino": ("char-drm", "char-accel"),
-    "tensorrt": ("char-nvidia", "char-nvidia-frontend", "char-nvidia-uvm"),
-}
+_INTEL = ("char-drm", "char-accel")
+_NVIDIA = ("char-nvidia", "char-nvidia-frontend", "char-nvidia-uvm")
+PROVIDER_DEVICES = {"openvino": _INTEL, "openvino_bf16": _INTEL, "cuda": _NVIDIA, "tensorrt": _NVIDIA}
 
 
 @dataclass(frozen=True)

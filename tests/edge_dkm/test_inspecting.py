@@ -4,6 +4,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +14,14 @@ import pytest
 from devices.frame import Frame
 from devices.settings import CameraSettings
 from devices.triggers import Shot
-from edge_dkm import Inspector
-from edge_dkm.batching import Batching, measure_ratios
-from edge_dkm.errors import InspectionError
+from edge_dkm import Inspector, batching
+from edge_dkm.batching import Batching, measure_limits, measure_ratios
+from edge_dkm.errors import FrameError, InspectionError
 from edge_dkm.inspecting import Answer, Inspecting
 from edge_dkm.inspector import Inspection
 from edge_dkm.message import TriggerInfo
 from edge_dkm.results import Case
+from edge_dkm.runtime import CPU, TENSORRT
 from edge_dkm.shot_buffer import ShotBuffer, Tally
 from tests.images import draw
 
@@ -39,7 +41,7 @@ class Rig:
         self.inspectors |= {name: self.inspectors["a"].twin() for name in CAMERAS[1:]}
         self.alive = 0
         self.inspecting = Inspecting(self.cameras, self.inspectors, self._on_alive)
-        self.inspecting.batching._limits[0, (32, 32, 3)] = limit
+        self.inspecting.batching.allow({(name, (32, 32, 3)): limit for name in CAMERAS})
         self.buffer = ShotBuffer(dict.fromkeys(CAMERAS, "every"), {name: Tally() for name in CAMERAS})
         self.runs: list[int] = []
         for inspector in self.inspectors.values():
@@ -144,7 +146,7 @@ def test_frames_of_other_sizes_or_other_models_are_never_in_one_run(
         line.put(camera, 1, part(1, side_px))
     assert len(inspections(line.all())) == 3 and sorted(line.runs) == [1, 2]
     other = Inspector(tiny_model_path)
-    batching = Batching(line.cameras, {**line.inspectors, "c": other})
+    batching = Batching({**line.inspectors, "c": other})
     assert batching.shares("a", "b") and not batching.shares("a", "c")
 
 
@@ -196,6 +198,21 @@ def test_an_answer_that_is_not_finite_is_one_parts_failure(rig: Callable[..., Ri
     assert errors == [None, "R-NONFINITE", None]
 
 
+def test_an_answer_that_is_not_finite_holds_no_picture(rig: Callable[..., Rig]) -> None:
+    """It would keep a slot of the camera's ring lent until the garbage collector comes."""
+    line = rig()
+    run = line.inspectors["a"].run
+
+    def poisoned(image: np.ndarray, *rest: Any) -> Any:
+        outputs = run(image, *rest)
+        outputs["novelty_score"] = np.full(len(image), np.nan, np.float32)
+        return outputs
+
+    line.inspectors["a"].run = poisoned  # type: ignore[assignment, method-assign]
+    errors = line.inspectors["a"].inspect_for(list(line.inspectors.values())[:2], [part(1), part(2)])
+    assert [isinstance(error, InspectionError) and error.__traceback__ is None for error in errors] == [True, True]
+
+
 def test_a_part_that_is_too_late_gets_no_place_in_a_run_and_its_declared_failure(rig: Callable[..., Rig]) -> None:
     line = rig(deadline_ms=5_000)
     line.put("a", 1, part(1))
@@ -234,23 +251,76 @@ def test_the_decision_is_measured_per_model_and_size_and_said(
     tiny_model_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     line = Rig(tiny_model_path, roi=[0, 0, 32, 32])
+    told: list[tuple[str, str]] = []
     with caplog.at_level(logging.INFO):
-        line.inspecting.batching.measure()
-    assert "part.onnx, frames of 32x32 from several cameras: " in caplog.text and "3 frames 0." in caplog.text
+        measure_limits(line.cameras, line.inspectors, lambda *step: told.append(step))
+    assert "part.onnx, frames of 32x32 from several cameras: " in caplog.text and "3 frames " in caplog.text
+    assert told == [("LOADING", "measuring runs of several frames of part.onnx")]
     for ratios, limit in (({2: 0.8, 3: 0.9}, 3), ({2: 0.9, 3: 0.97}, 2), ({2: 0.96, 3: 1.2}, 1), ({}, 1)):
         monkeypatch.setattr("edge_dkm.batching.measure_ratios", lambda *_, ratios=ratios: ratios)
-        line.inspecting.batching.measure()
+        line.inspecting.batching.allow(measure_limits(line.cameras, line.inspectors))
         assert line.inspecting.batching.limit("b", (32, 32, 3)) == limit
         assert line.inspecting.batching.limit("b", (33, 32, 3)) == 1
 
 
+class Counted:
+    """An inspector whose runs are counted, and may be slow."""
+
+    def __init__(self, model: Path, seconds: float = 0.0) -> None:
+        self.inspector, self.batches = Inspector(model), list[int]()
+        run = self.inspector.run
+
+        def counted(image: np.ndarray, *rest: Any) -> Any:
+            self.batches.append(len(image))
+            threading.Event().wait(seconds * len(image))
+            return run(image, *rest)
+
+        self.inspector.run = counted  # type: ignore[assignment, method-assign]
+
+    def limits(self, count: int, **options: Any) -> dict[tuple[str, tuple[int, ...]], int]:
+        settings = CameraSettings.model_validate({"source": "x", "roi": [0, 0, 32, 32]})
+        names = CAMERAS[:count]
+        return dict(measure_limits(dict.fromkeys(names, settings), dict.fromkeys(names, self.inspector), **options))
+
+
 def test_one_camera_alone_is_not_measured(tiny_model_path: Path) -> None:
-    inspector = Inspector(tiny_model_path)
-    inspector.run = None  # type: ignore[assignment, method-assign]
-    settings = CameraSettings.model_validate({"source": "x", "roi": [0, 0, 32, 32]})
-    batching = Batching({"a": settings}, {"a": inspector})
-    batching.measure()
-    assert batching.limit("a", (32, 32, 3)) == 1
+    counted = Counted(tiny_model_path)
+    assert counted.limits(1) == {} and counted.batches == []
+    assert counted.limits(2) and set(counted.batches) == {1, 2}  # control
+
+
+def test_nothing_is_measured_where_another_number_of_frames_means_another_compilation(tiny_model_path: Path) -> None:
+    fixed, compiling = Counted(tiny_model_path), Counted(tiny_model_path)
+    fixed.inspector.runtime = replace(fixed.inspector.runtime, fixed_frame=True)
+    compiling.inspector.ran = replace(compiling.inspector.ran, actual=(TENSORRT, CPU))
+    for counted in (fixed, compiling):
+        assert counted.limits(3) == {} and counted.batches == []
+
+
+def test_a_slow_model_costs_the_start_one_run_beyond_the_time_for_it(
+    tiny_model_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(batching, "MEASURE_S", 0.02)
+    slow = Counted(tiny_model_path, seconds=0.03)
+    with caplog.at_level(logging.INFO):
+        assert set(slow.limits(3).values()) == {1}
+    assert slow.batches == [2]
+    assert "one by one (time of one run / of single runs: not measured within 0.02 s)" in caplog.text
+
+
+def test_a_start_that_is_stopped_measures_no_further(tiny_model_path: Path) -> None:
+    counted = Counted(tiny_model_path)
+    counted.limits(3, is_stopped=lambda: len(counted.batches) >= 4)
+    assert len(counted.batches) == 4
+    assert counted.limits(3, is_stopped=lambda: True) == {} and len(counted.batches) == 4
+
+
+def test_a_frame_that_is_none_does_not_end_the_sharing_of_runs(rig: Callable[..., Rig]) -> None:
+    line = rig()
+    line.inspecting.batching.stop("a", FrameError("F-SHAPE", "no picture"))
+    assert line.inspecting.batching.limit("b", (32, 32, 3)) == 3
+    line.inspecting.batching.stop("a", InspectionError("R-RUNTIME", "no kernel"))  # control
+    assert line.inspecting.batching.limit("b", (32, 32, 3)) == 1
 
 
 def test_a_model_that_takes_one_frame_at_a_time_is_left_at_that(tiny_model_path: Path) -> None:

@@ -5,12 +5,14 @@ import subprocess
 import sys
 import threading
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 from edge_dkm import FrameError, Inspector, ModelError, Policy, Runtime
 from edge_dkm.errors import ContractError, UsageError
+from edge_dkm.inspector import Inspection
 from tests.images import draw
 
 
@@ -308,3 +310,21 @@ with Inspector("part.onnx") as inspector:
     done = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("cluster-")
+
+
+def test_a_threshold_that_is_moved_during_a_run_is_not_that_of_the_runs_answer(tiny_model_path: Path) -> None:
+    with Inspector(tiny_model_path) as inspector:
+        inspector.set_novelty_threshold(1e-6)
+        run, frame = inspector._run, draw("disc", np.random.default_rng(1))
+
+        def meanwhile(*arguments: Any) -> Any:
+            outputs = run(*arguments)
+            inspector.set_novelty_threshold(1e6)
+            return outputs
+
+        inspector._run = meanwhile  # type: ignore[method-assign]
+        for judged in (lambda: inspector.inspect(frame), lambda: inspector.inspect_for([inspector], [frame])[0]):
+            inspector.set_novelty_threshold(1e-6)
+            answer = judged()
+            assert isinstance(answer, Inspection)
+            assert answer.is_novel == (answer.novelty_score > answer.novelty_threshold)

@@ -47,6 +47,7 @@ def test_it_runs_there_in_fp32_and_gives_the_golden_answers(model: Path) -> None
     with Inspector(model, runtime=ON) as inspector:
         assert inspector.providers[0] == OPENVINO and inspector.precision == "fp32"
         assert inspector.ran.kernels is not None and inspector.ran.kernels[OPENVINO] >= 1
+        assert set(inspector.providers) == set(inspector.ran.kernels)  # the CPU provider only where it runs something
         assert verify_golden(inspector, golden_of(inspector)).max_score_difference < 1e-4
 
 

@@ -20,9 +20,12 @@ from edge_dkm.errors import ModelError
 from edge_dkm.inspector import Inspector
 from edge_dkm.line_report import LineReport
 from edge_dkm.message import json_schema
-from edge_dkm.models import Tell, load_models
+from edge_dkm.models import Loaded, Tell, load_models
 from edge_dkm.mqtt.link import await_connack, open_link, publish, pump
+from edge_dkm.outbox import Outbox
+from edge_dkm.service.stop_signals import StopWish
 from edge_dkm.settings import LineSettings
+from edge_dkm.starting import Start, StoppedError
 from edge_dkm.supervisor import run_line
 from tests.broker import Mosquitto, Subscriber, free_port
 from tests.waiting import wait_until
@@ -177,6 +180,12 @@ def test_systemd_is_asked_for_more_time_while_it_lasts(
     assert starting.EXTEND_S > 2 * 5  # several words may be lost before systemd gives up
 
 
+def line_file(settings: LineSettings, folder: Path) -> Path:
+    path = folder / "line.yaml"
+    path.write_text(json.dumps(settings.model_dump(mode="json", exclude_none=True)))
+    return path
+
+
 PROGRAM = """
 import sys, threading
 from edge_dkm import starting, supervisor
@@ -198,8 +207,7 @@ def test_a_stop_signal_ends_a_start_that_would_never_end(
     mosquitto: Mosquitto, subscribe: Subscribe, make_line: Make, tmp_path: Path, number: signal.Signals
 ) -> None:
     subscriber = subscribe(mosquitto.port)
-    path = tmp_path / "line.yaml"
-    path.write_text(json.dumps(make_line(mosquitto.port).model_dump(mode="json", exclude_none=True)))
+    path = line_file(make_line(mosquitto.port), tmp_path)
     process = subprocess.Popen(
         [sys.executable, "-c", PROGRAM, str(path)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
@@ -212,18 +220,137 @@ def test_a_stop_signal_ends_a_start_that_would_never_end(
     assert subscriber.of("dkm.state/1")[-1]["state"] == "halted"
 
 
+class HeldBack:
+    """A load that waits for `go`."""
+
+    def __init__(self, model: Path) -> None:
+        self.go, self.opened = threading.Event(), Inspector(model)
+
+    def __call__(self, tell: Tell) -> Loaded:
+        self.go.wait(20)
+        return Loaded({"top": self.opened}, {})
+
+    def await_closed(self) -> None:
+        self.go.set()
+        wait_until(lambda: self.opened._session is None)
+
+
 def test_a_load_that_nobody_waits_for_any_more_closes_what_it_opened(tiny_model_path: Path) -> None:
-    go, opened = threading.Event(), Inspector(tiny_model_path)
-
-    def load(tell: Tell) -> dict[str, Inspector]:
-        go.wait(20)
-        return {"top": opened}
-
+    load = HeldBack(tiny_model_path)
     work = starting._Work(load, lambda code, detail: None, lambda: None)
     work.start()
     work.abandon()
-    assert opened.providers
-    go.set()
-    work.join(20)
-    with pytest.raises(Exception, match="is closed"):
-        opened.providers  # noqa: B018
+    assert load.opened.providers
+    load.await_closed()
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), OSError("no more threads")])
+def test_what_breaks_the_waiting_leaves_the_load_to_itself_too_and_is_announced(
+    make_line: Make, tiny_model_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: BaseException
+) -> None:
+    """A second signal, or what saying "still loading" raises."""
+    load, ended = HeldBack(tiny_model_path), list[str]()
+    outbox = Outbox(tmp_path / "outbox.db", "st1", lambda camera: camera)
+    start = Start(make_line(free_port()), outbox, own_process=False)
+
+    def fails(self: Start) -> None:
+        raise error
+
+    monkeypatch.setattr(starting, "QUIET_S", 0.0)
+    monkeypatch.setattr(Start, "_speak_up", fails)
+    monkeypatch.setattr(Start, "_end", lambda self, state, code, detail: ended.append(state))
+    with pytest.raises(type(error)), start.announced():
+        start.load(load)
+    load.await_closed()
+    outbox.close()
+    assert ended == ["halted" if isinstance(error, KeyboardInterrupt) else "error"]
+
+
+def test_a_signal_before_the_load_is_not_lost(make_line: Make, tiny_model_path: Path, tmp_path: Path) -> None:
+    wish, called = StopWish(), list[str]()
+    wish.ask()
+    wish.call(lambda: called.append("start"))
+    wish.call(lambda: called.append("line"))
+    assert called == ["start", "line"]
+    outbox = Outbox(tmp_path / "outbox.db", "st1", lambda camera: camera)
+    start = Start(make_line(free_port()), outbox, own_process=False)
+    wish.call(start.stop)
+    with pytest.raises(StoppedError):
+        start.load(lambda tell: pytest.fail("it was begun"))
+    outbox.close()
+
+
+BETWEEN = """
+import os, signal, sys
+from edge_dkm import supervisor
+from edge_dkm.cli import main
+
+class Interrupted(supervisor.Line):
+    def __init__(self, *args):
+        super().__init__(*args)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+supervisor.Line = Interrupted
+sys.exit(main(["run", sys.argv[1], "--json"]))
+"""
+
+
+def test_a_signal_between_load_and_line_ends_it_in_order(
+    mosquitto: Mosquitto, subscribe: Subscribe, make_line: Make, tmp_path: Path
+) -> None:
+    subscriber = subscribe(mosquitto.port)
+    done = subprocess.run(
+        [sys.executable, "-c", BETWEEN, str(line_file(make_line(mosquitto.port), tmp_path))],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert done.returncode == 0 and json.loads(done.stdout)["unsent"] == 0, done.stderr
+    wait_until(lambda: [m["state"] for m in subscriber.of("dkm.status/1")][-1:] == ["stopped"])
+    assert subscriber.of("dkm.state/1")[-1]["state"] == "halted"
+
+
+LEAVING = """
+import sys, threading
+from edge_dkm.service.leaving import ends_with, leave_at_end
+
+thread = threading.Thread(target=threading.Event().wait, args=(float(sys.argv[2]),), daemon=True)
+thread.start()
+leave_at_end(thread)
+if sys.argv[2] == "0":
+    thread.join()
+print("said")
+sys.exit(ends_with(int(sys.argv[1])) if sys.argv[1] != "-" else 0)
+"""
+
+
+@pytest.mark.parametrize(
+    ("code", "seconds", "expected"), [("0", "600", 0), ("130", "600", 130), ("-", "600", 1), ("5", "0", 5)]
+)
+def test_a_process_whose_load_is_stuck_leaves_with_the_code_that_it_was_to_have(
+    code: str, seconds: str, expected: int
+) -> None:
+    words = [sys.executable, "-c", LEAVING, code, seconds]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=60, check=False)
+    assert (done.returncode, done.stdout) == (expected, "said\n"), done.stderr
+
+
+def test_a_second_signal_during_the_load_ends_with_130(
+    mosquitto: Mosquitto, subscribe: Subscribe, make_line: Make, tmp_path: Path
+) -> None:
+    path = line_file(make_line(mosquitto.port), tmp_path)
+    hangs = """
+def hangs(*_):
+    print("ending", file=sys.stderr, flush=True)
+    threading.Event().wait()
+
+starting.Start._end = hangs
+"""
+    program = PROGRAM.replace("starting.QUIET_S = 0.1", hangs)
+    process = subprocess.Popen([sys.executable, "-c", program, str(path)], stderr=subprocess.PIPE, text=True)
+    for said in ("loading\n", "ending\n"):
+        assert process.stderr is not None and said in iter(process.stderr.readline, "")
+        process.send_signal(signal.SIGINT)
+    _, error = process.communicate(timeout=30)
+    assert process.returncode == 130 and "Traceback" not in error, error

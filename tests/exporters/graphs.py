@@ -6,8 +6,10 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
-from exporters.nodes import FEATURES, PIXELS
+from edge_dkm.contract import FEATURES, PIXELS
+from exporters.own_images import OwnImage
 from exporters.probe import Probe
+from trainer.images import Item
 
 IMAGE, X = "image", "x"
 
@@ -68,6 +70,15 @@ def normalised_convolution(pads: int, mean: tuple[float, ...] = (103.5, 116.3, 1
         "axes": np.array([2, 3]),
     }
     return model_of(nodes, FEATURES, weights)
+
+
+def own(images: list[np.ndarray], groups: list[int] | None = None, is_good: bool = True) -> list[OwnImage]:
+    """The images as a run's own; each a group of its own unless told."""
+    numbers = groups or list(range(len(images)))
+    return [
+        OwnImage(Item(f"{n}.png", None, str(group), lambda image=image: (image, "")), group, is_good)
+        for n, (image, group) in enumerate(zip(images, numbers, strict=True))
+    ]
 
 
 def output_of(model: onnx.ModelProto, image: np.ndarray, tensor: str) -> np.ndarray:

@@ -4,8 +4,8 @@ import numpy as np
 import onnx
 import pytest
 
+from edge_dkm.contract import FEATURES
 from exporters.folding import fold_normalisation
-from exporters.nodes import FEATURES
 from tests.exporters.graphs import normalised_convolution, operators, output_of
 
 IMAGE = np.random.default_rng(1).integers(0, 256, (2, 9, 11, 3), dtype=np.uint8)

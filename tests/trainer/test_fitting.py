@@ -234,6 +234,8 @@ def test_a_diverging_loss_stops_with_the_guards_name_and_keeps_the_last_good_che
 
     kept = load_file(tmp_path / "checkpoints" / NAME)
     assert all(torch.isfinite(value).all() for value in kept.values() if value.is_floating_point())
+    with pytest.raises(ArtifactError, match=r"a run whose training collapsed \(guard .*change the settings"):
+        load_run(tmp_path)  # as the exporter does
 
 
 def test_cuda_that_is_not_there_is_an_error_and_not_a_slow_run(image_folder: Path, tmp_path: Path) -> None:
