@@ -4,8 +4,8 @@ Source: Nagel et al., "Data-Free Quantization Through Weight Equalization and Bi
 its empirical form (appendix D): layer by layer from the front, the mean output of the quantised network, whose earlier layers are
 corrected already, is brought to that of the fp32 one. The features get a gain and a shift each, in fp32, by least squares.
 
-Without it one shift is common to all images, and a whitened projection magnifies it. Measured on x_sdd (SqueezeNet, 545 held-out
-images): ids equal .978 -> .998, Spearman of the novelty scores .930 -> .997.
+Without it one shift is common to all images, and a whitened projection magnifies it. Measured on x_sdd (SqueezeNet, min-max ranges,
+545 held-out images): ids equal .982 -> 1.000, Spearman of the novelty scores .945 -> .992.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import onnx
 from numpy.typing import NDArray
 from onnx import helper, numpy_helper
 
-from exporters.nodes import add_constant, constant, producer
+from exporters.nodes import add_constant, constant, producer, required
 from exporters.probe import Probe
 
 LAYERS = {"Conv", "Gemm"}
@@ -52,10 +52,8 @@ def correct_features(
     both = ((x - x.mean(0)) * (y - y.mean(0))).mean(0)
     gain = np.where(spread > 0, both / np.where(spread > 0, spread, 1.0), 1.0)
     raw, scaled, graph = f"{name}_quantised", f"{name}_scaled", quantized.graph
-    for node in graph.node:
-        names = [raw if output == name else output for output in node.output]
-        del node.output[:]
-        node.output.extend(names)
+    last = required(graph, name)
+    last.output[list(last.output).index(name)] = raw
     factor = add_constant(graph, f"{name}_gain", gain.astype(np.float32))
     shift = add_constant(graph, f"{name}_shift", (y.mean(0) - gain * x.mean(0)).astype(np.float32))
     graph.node.append(helper.make_node("Mul", [raw, factor], [scaled]))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import TypeVar
+
 import numpy as np
 import onnx
 from numpy.typing import NDArray
@@ -10,8 +12,16 @@ from onnx import numpy_helper
 from edge_dkm.contract import FEATURES, IMAGE, PIXELS
 from exporters.errors import ExportError
 
+Message = TypeVar("Message", onnx.ModelProto, onnx.NodeProto, onnx.TensorProto)
 EMBEDDING = "embedding"
 _NEIGHBOUR = {PIXELS: IMAGE, FEATURES: EMBEDDING, IMAGE: IMAGE, EMBEDDING: EMBEDDING}
+
+
+def copied(message: Message) -> Message:
+    """A copy: what a repeated field holds is gone when the field is emptied."""
+    copy = type(message)()
+    copy.CopyFrom(message)
+    return copy
 
 
 def producer(graph: onnx.GraphProto, tensor: str) -> onnx.NodeProto | None:
@@ -54,7 +64,7 @@ def replace_nodes(graph: onnx.GraphProto, old: list[onnx.NodeProto], new: list[o
             nodes.append(node)
         elif node is old[0]:
             nodes += new
-    kept = [onnx.NodeProto.FromString(node.SerializeToString()) for node in nodes]
+    kept = [copied(node) for node in nodes]
     del graph.node[:]
     graph.node.extend(kept)
 
@@ -65,11 +75,11 @@ def prune(graph: onnx.GraphProto) -> None:
     kept: list[onnx.NodeProto] = []
     for node in reversed(graph.node):
         if any(name in needed for name in node.output):
-            kept.append(onnx.NodeProto.FromString(node.SerializeToString()))
+            kept.append(copied(node))
             needed.update(node.input)
     overridable = {value.name for value in graph.input}
     tensors = [t for t in graph.initializer if t.name in needed or t.name in overridable]
-    weights = [onnx.TensorProto.FromString(t.SerializeToString()) for t in tensors]
+    weights = [copied(t) for t in tensors]
     del graph.node[:], graph.initializer[:]
     graph.node.extend(reversed(kept))
     graph.initializer.extend(weights)

@@ -9,6 +9,8 @@ import onnx
 import onnxruntime as ort
 from numpy.typing import NDArray
 
+from exporters.nodes import copied, prune
+
 Arrays = dict[str, NDArray[np.generic]]
 
 
@@ -16,14 +18,17 @@ class Probe:
     """A session on `model` that gives `tensors`. `optimise` False: every node by itself, as written."""
 
     def __init__(self, model: onnx.ModelProto, tensors: Sequence[str], *, optimise: bool = True) -> None:
-        copy = onnx.ModelProto.FromString(model.SerializeToString())
-        known = {value.name for value in (*copy.graph.output, *copy.graph.input)}
-        copy.graph.output.extend(onnx.ValueInfoProto(name=name) for name in tensors if name not in known)
+        copy = copied(model)
+        given = {value.name for value in copy.graph.input}
+        self._tensors = [name for name in tensors if name not in given]
+        known = {value.name: value for value in model.graph.output}
+        del copy.graph.output[:]
+        copy.graph.output.extend(known.get(name) or onnx.ValueInfoProto(name=name) for name in self._tensors)
+        prune(copy.graph)  # onnxruntime would run what nobody asks for, too
         options = ort.SessionOptions()
         options.log_severity_level = 3
         if not optimise:
             options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
-        self._tensors = [name for name in tensors if name not in {value.name for value in copy.graph.input}]
         self._session = ort.InferenceSession(copy.SerializeToString(), options, providers=["CPUExecutionProvider"])
 
     def __call__(self, feed: Mapping[str, NDArray[np.generic]]) -> Arrays:

@@ -22,7 +22,7 @@ from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantTy
 from edge_dkm.contract import FEATURES, IMAGE, PIXELS
 from exporters.bias_correction import correct_biases, correct_features
 from exporters.errors import ExportError
-from exporters.nodes import consumers, producer, prune, replace_nodes, seam
+from exporters.nodes import consumers, copied, producer, prune, replace_nodes, required, seam
 from exporters.own_images import OwnImage, pixels_of
 from exporters.probe import Probe
 from exporters.ranges import Range, activation_ranges
@@ -41,7 +41,7 @@ def quantize_encoder(proto: onnx.ModelProto, images: Sequence[OwnImage]) -> onnx
     Raises:
         ExportError: the encoder has no layer that can be quantised.
     """
-    model = onnx.ModelProto.FromString(proto.SerializeToString())
+    model = copied(proto)
     graph = model.graph
     entry, features = _entry(graph), seam(graph, FEATURES)
     sample = list(_entry_values(model, entry, images[:SAMPLE]))
@@ -124,7 +124,7 @@ def _put_back(graph: onnx.GraphProto, encoder: onnx.GraphProto, quantized: onnx.
     inner = {name for node in encoder.node for name in node.output}
     replace_nodes(graph, [node for node in graph.node if node.output[0] in inner], list(quantized.node))
     given = {name for node in quantized.node for name in node.output} | {t.name for t in quantized.initializer}
-    kept = [onnx.TensorProto.FromString(t.SerializeToString()) for t in graph.initializer if t.name not in given]
+    kept = [copied(t) for t in graph.initializer if t.name not in given]
     del graph.initializer[:]
     graph.initializer.extend([*kept, *quantized.initializer])
 
@@ -149,10 +149,9 @@ def _quantized(
     try:
         with tempfile.TemporaryDirectory() as folder:
             out = Path(folder) / "encoder.onnx"
+            # Of a copy: it moves the weights of what it is given to a file.
             quantize_static(
-                onnx.ModelProto.FromString(
-                    encoder.SerializeToString()
-                ),  # it moves the weights of what it is given to a file
+                copied(encoder),
                 out,
                 _Reader(name, values),
                 quant_format=QuantFormat.QDQ,
@@ -174,11 +173,11 @@ def _is_no_advice(record: logging.LogRecord) -> bool:
 
 def _feed_bytes(graph: onnx.GraphProto, entry: str) -> None:
     """Bytes -> Cast -> QuantizeLinear with scale 1 is the bytes again: leaves out both."""
-    cast = producer(graph, entry)
-    if cast is None or cast.op_type != "Cast":
+    if not _takes_bytes(graph, entry):
         return
+    pixels = required(graph, entry).input[0]
     for node in consumers(graph, entry):
         if node.op_type != "QuantizeLinear":
             return
         for reader in consumers(graph, node.output[0]):
-            reader.input[0] = cast.input[0]
+            reader.input[0] = pixels

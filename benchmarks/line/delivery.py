@@ -19,14 +19,14 @@ import numpy as np
 
 from benchmarks.table import show_table
 from configs import load_text
+from edge_dkm.bench.publish import sized_draft
 from edge_dkm.mqtt.link import await_connack, open_link, pump
 from edge_dkm.mqtt.publisher import Publisher
-from edge_dkm.outbox import Draft, Numbers, Outbox
+from edge_dkm.outbox import Draft, Outbox
 from edge_dkm.settings import LineSettings, MqttSettings
 from tests.broker import Mosquitto
 
 TOPIC = "dkm/v1/st1/top/result"
-BODY_BYTES = 700  # a result's usual size
 
 
 def subscribe(port: int, count: int) -> None:
@@ -46,19 +46,7 @@ def subscribe(port: int, count: int) -> None:
 
 def draft(n: int) -> Draft:
     """A result of the usual size."""
-
-    def render(numbers: Numbers) -> bytes:
-        body = {
-            "schema": "dkm.result/1",
-            "result_id": str(n),
-            "epoch": numbers.epoch,
-            "seq": numbers.seq,
-            "cseq": numbers.cseq,
-            "ts": "2026-11-20T23:44:01.123456Z",
-        }
-        return json.dumps(body | {"filler": "x" * (BODY_BYTES - len(json.dumps(body)))}).encode()
-
-    return Draft("top", TOPIC, str(n), render)
+    return sized_draft(n, "top", TOPIC)
 
 
 def measure(folder: Path, rate_hz: float, count: int) -> np.ndarray:

@@ -74,7 +74,9 @@ class Arrivals:
             return self._at_s[result_id]
 
 
-def _publish(outbox: Outbox, arrivals: Arrivals, n: int) -> float:
+def sized_draft(n: int, camera: str, topic: str) -> Draft:
+    """A result of the usual size, numbered `n`."""
+
     def render(numbers: Numbers) -> bytes:
         body = {
             "schema": "dkm.result/1",
@@ -86,7 +88,11 @@ def _publish(outbox: Outbox, arrivals: Arrivals, n: int) -> float:
         }
         return json.dumps(body | {"filler": "x" * (RESULT_BYTES - len(json.dumps(body)))}).encode()
 
-    outbox.commit([Draft(CAMERA, TOPIC, str(n), render)])
+    return Draft(camera, topic, str(n), render)
+
+
+def _publish(outbox: Outbox, arrivals: Arrivals, n: int) -> float:
+    outbox.commit([sized_draft(n, CAMERA, TOPIC)])
     committed_s = time.monotonic()
     return (arrivals.wait(str(n)) - committed_s) * 1000
 
