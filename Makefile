@@ -3,7 +3,7 @@ VENV   := .venv
 PYTHON := $(VENV)/bin/python
 READY  := $(VENV)/.ready
 
-.PHONY: test demo check slow gate gpu chaos oldest runtimes setup clean
+.PHONY: test demo check slow fuzz gate gpu chaos oldest runtimes setup clean
 
 setup: $(READY)
 
@@ -11,12 +11,16 @@ $(READY): pyproject.toml constraints.txt scripts/setup
 	bash scripts/setup $(VENV)
 	touch $(READY)
 
+# The same examples at each run (hypothesis' profile ci): a new one belongs to `make fuzz`, not to somebody's pull request.
 # One thread: tiny tensors gain nothing from more, and on a busy machine threads that spin wait for each other (measured 11 min against 7).
 test: $(READY)          ## default tests: under five minutes on two cores, no GPU, no network
-	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(PYTHON) -m pytest -n 3 --dist worksteal
+	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(PYTHON) -m pytest -n 3 --dist worksteal --hypothesis-profile=ci
 
 slow: $(READY)          ## tests on the real image sets of ../shared/data, where they are there
 	$(PYTHON) -m pytest -m slow --timeout 3600
+
+fuzz: $(READY)          ## the tests that invent their input, each time with new ones
+	$(PYTHON) -m pytest tests/faults/test_bad_settings.py tests/edge_dkm/test_commands.py tests/edge_dkm/test_outbox_model.py
 
 chaos: $(READY)         ## the long forms of the promises: kills, power cuts, full disks, stalls, camera faults, soak; an hour and a half
 	$(PYTHON) -m benchmarks.line.chaos --mode e2e

@@ -23,7 +23,6 @@ from configs.secrets import mask
 MAX_LINES = 20
 MAX_LINE = 1000
 _CODED = re.compile(r"CFG-[A-Z]+ ")
-_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
 
 
 class ConfigError(ValueError):
@@ -45,7 +44,7 @@ class ConfigError(ValueError):
 
 
 def _line(problem: str, code: str) -> str:
-    """One line of bearable length whatever a file holds, without a password."""
+    """One line of bearable length whatever a file holds, without a password; what cannot be seen is written as its code."""
     coded = problem if _CODED.match(problem) else f"{code} {problem}"
-    plain = _CONTROL.sub(lambda match: match.group(0).encode("unicode_escape").decode(), mask(coded))
+    plain = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in mask(coded))
     return plain if len(plain) <= MAX_LINE else plain[: MAX_LINE - 3] + "..."

@@ -304,6 +304,16 @@ def test_a_password_that_everybody_may_read_is_a_warning_and_no_error(
     assert caplog.records == []
 
 
+@pytest.mark.parametrize("unseen", ["\ue000", "\u200b", "\u3000", "\u00a0"], ids=ascii)
+def test_a_character_that_nobody_can_see_is_shown_by_its_code(tmp_path: Path, unseen: str) -> None:
+    path = tmp_path / "line.yaml"
+    path.write_text(GOOD.replace("infer_timeout_s", f"infer_{unseen}timeout_s"))
+    with pytest.raises(ConfigError) as caught:
+        load_line(path)
+    assert any(unseen.encode("unicode_escape").decode() in line for line in caught.value.problems)
+    assert all(line.isprintable() for line in caught.value.problems)
+
+
 def test_many_mistakes_are_few_lines(tmp_path: Path) -> None:
     path = tmp_path / "line.yaml"
     path.write_text(GOOD + "".join(f"key{n}: 1\n" for n in range(3000)))
