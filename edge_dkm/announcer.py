@@ -15,7 +15,7 @@ from edge_dkm import __version__
 from edge_dkm.clock import is_synced, rfc3339, utc_now
 from edge_dkm.health import rss_mb
 from edge_dkm.inspector import Inspector
-from edge_dkm.message import MESSAGES, CameraHealth, Health, Info, State
+from edge_dkm.message import MESSAGES, CameraHealth, Drift, Health, Info, State
 from edge_dkm.results import model_info
 from edge_dkm.service.state_log import log_change
 from edge_dkm.service.watchdog import StuckError
@@ -105,6 +105,7 @@ class Announcer:
             }
         providers, precision, device = _providers(inspector), inspector.precision, _device(inspector)
         delivery = {"mode": line.settings.delivery.mode, "order": line.settings.delivery.order}
+        codebooks = line.codebooks.plain()
         versions = {"edge_dkm": __version__, "onnxruntime": ort.__version__, "python": platform.python_version()}
         line.publisher.announce(
             f"{self._base}/info",
@@ -112,6 +113,7 @@ class Announcer:
                 {
                     **self._common(session),
                     "model": model.model_dump(),
+                    "codebooks": codebooks,
                     "clusters": clusters,
                     "providers": providers,
                     "precision": precision,
@@ -132,6 +134,16 @@ class Announcer:
             lambda session: CameraHealth.model_validate(
                 {**self._common(session), "camera": name, **_camera_fields(capture.status())}
             ),
+            qos=0,
+        )
+
+    def drift(self, name: str) -> None:
+        """What one camera's drift is, as of its newest report. Called by the thread that follows parts."""
+        report = self._line.drift.reports[name]
+        fields = {"camera": name, "codebook": report.codebook, "missing": report.missing or None}
+        self._line.publisher.announce(
+            f"{self._base}/{name}/drift",
+            lambda session: Drift.model_validate({**self._common(session), **fields, **report.state.plain()}),
             qos=0,
         )
 

@@ -15,7 +15,7 @@ import numpy as np
 
 from devices.settings import CameraSettings
 from edge_dkm.errors import FrameError, InspectionError
-from edge_dkm.inspector import FETCHED, Inspector
+from edge_dkm.inspector import Inspector
 from edge_dkm.paired_runs import paired_ms
 from edge_dkm.runtime import COMPILING
 
@@ -145,12 +145,12 @@ def measure_ratios(
         return is_stopped() or time.monotonic() > deadline_s
 
     def together(n: int) -> None:
-        inspector.run(np.stack(list(images[:n])), FETCHED)
+        inspector.run(np.stack(list(images[:n])), inspector.fetched)
 
     def single(n: int) -> None:
         for image in images[:n]:
             if not is_over():
-                inspector.run(image[None], FETCHED)
+                inspector.run(image[None], inspector.fetched)
 
     try:
         for n in range(2, most + 1):

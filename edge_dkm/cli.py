@@ -14,12 +14,13 @@ from typing import TYPE_CHECKING, Any
 
 from configs.command import Parser, add_command, add_overrides, guarded, show
 from edge_dkm.cli_station import add_station_commands
+from edge_dkm.families.cli import add_families_command
 from edge_dkm.service.leaving import ends_with
 
 if TYPE_CHECKING:
     from edge_dkm.checks import Finding
 
-PLANNED = ("init", "model", "recentre")
+PLANNED = ("init", "model")
 SCHEMAS = ("config", "result", "gap", "status", "info", "state", "health", "camera", "alarm", "cmd", "reply", "ack")
 
 
@@ -65,6 +66,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
 
     add_station_commands(commands)
+    add_families_command(commands)
     add_command(commands, "cameras", _cameras, "list the video devices of this machine")
     add_command(commands, "doctor", _doctor, "look over this machine")
 
@@ -211,6 +213,7 @@ def _score(arguments: argparse.Namespace) -> int:
                         "novelty_score": round(result.novelty_score, 6),
                         "p_value": round(result.p_value, 6),
                         "is_novel": result.is_novel,
+                        **({} if result.patch_score is None else {"patch_score": round(result.patch_score, 6)}),
                     },
                     ensure_ascii=False,
                 )
@@ -348,7 +351,7 @@ def _cameras(arguments: argparse.Namespace) -> int:
 
 
 def _schema(arguments: argparse.Namespace) -> int:
-    from edge_dkm.message import json_schema
+    from edge_dkm.message_schema import json_schema
     from edge_dkm.settings import LineSettings
 
     schema = LineSettings.model_json_schema() if arguments.name == "config" else json_schema(f"dkm.{arguments.name}/1")

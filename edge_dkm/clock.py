@@ -24,6 +24,11 @@ def utc_at(mono_s: float) -> datetime:
     return utc_now() - timedelta(seconds=time.monotonic() - mono_s)
 
 
+def utc_at_epoch(seconds: float) -> datetime:
+    """A moment given in seconds since 1970."""
+    return datetime.fromtimestamp(seconds, UTC)
+
+
 def rfc3339(moment: datetime) -> str:
     """`2026-11-20T23:44:01.123456Z`."""
     return moment.astimezone(UTC).strftime("%Y-%m-%dT%H:%M:%S.%fZ")

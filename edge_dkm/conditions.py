@@ -30,7 +30,7 @@ class Condition:
 
 
 class Conditions:
-    """Looks at disk, outbox, delivery, cameras and outputs of a line."""
+    """Looks at disk, outbox, delivery, cameras, outputs and drift of a line."""
 
     def __init__(self, line: Line) -> None:
         self._line = line
@@ -40,7 +40,14 @@ class Conditions:
 
     def look(self) -> list[Condition]:
         """What holds now, the gravest first; alarms are raised and cleared."""
-        found = [*self._storage(), *clock_condition(utc_now()), *self._delivery(), *self._cameras(), *self._outputs()]
+        found = [
+            *self._storage(),
+            *clock_condition(utc_now()),
+            *self._delivery(),
+            *self._cameras(),
+            *self._outputs(),
+            *self._drifts(),
+        ]
         now = {(condition.alarm, condition.camera) for condition in found}
         for code, camera in self._raised - now:
             self._line.alarms.clear(code, camera)
@@ -95,6 +102,14 @@ class Conditions:
             status = output.status()
             if status.code is not None:
                 yield Condition("O-OUTPUT", status.code, status.problem or "", name)
+
+    def _drifts(self) -> Iterator[Condition]:
+        for name, report in list(self._line.drift.reports.items()):
+            state = report.state
+            if state.recommended != "none":
+                moved = ", ".join(state.moved) or "the embeddings"
+                text = f"moved: {moved}; {state.novelty_rate:.1%} of recent parts are novel; recommended: {state.recommended}"
+                yield Condition("DRIFT", f"D-{state.recommended.upper()}", text, name, degrades=False)
 
 
 def clock_condition(now: datetime) -> Iterator[Condition]:

@@ -22,6 +22,7 @@ PIXELS, FEATURES = (
     "pixels",
     "features",
 )  # inner tensors between which the encoder lies; `bench` tells the stages by them
+MAP = "map_"  # in front of the layer's name: inner tensors of the encoder that a bank looks at
 
 Verdict = Literal["pass", "review", "reject"]
 VERDICTS: tuple[Verdict, ...] = ("pass", "review", "reject")
@@ -143,6 +144,21 @@ class Metadata:
     golden_sha256: str
     raw: Mapping[str, str]
     precision: Precision = "fp32"
+
+    @property
+    def has_patches(self) -> bool:
+        """Whether the graph looks at patches too: `patch_score` joins the raw score, `novelty_map` shows where."""
+        return "patch" in self.novelty
+
+    @property
+    def head_inputs(self) -> tuple[str, ...]:
+        """The outputs from which the head can be worked out anew for another codebook: the embedding, and what joins it."""
+        return ("embedding", "patch_score") if self.has_patches else ("embedding",)
+
+    @property
+    def outputs(self) -> tuple[TensorSpec, ...]:
+        """Those of this model's graph."""
+        return OUTPUTS + PATCH_OUTPUTS if self.has_patches else OUTPUTS
 
 
 def parse_metadata(props: Mapping[str, str], name: str) -> Metadata:

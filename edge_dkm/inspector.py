@@ -6,8 +6,9 @@ Imports neither `devices` nor `configs`: a host program may have folders of thos
 from __future__ import annotations
 
 import copy
+import threading
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
 
@@ -19,8 +20,8 @@ from edge_dkm.codebook import Codebook, read_codebook
 from edge_dkm.contract import (
     IMAGE,
     INPUT,
-    OUTPUTS,
     OVERRIDABLE,
+    PATCH_OUTPUTS,
     THRESHOLD,
     Cluster,
     Metadata,
@@ -34,13 +35,14 @@ from edge_dkm.head import Outputs, compute_head, is_whole
 from edge_dkm.lowered import open_lowered
 from edge_dkm.model_file import ModelFile, read_model
 from edge_dkm.runtime import Runtime
-from edge_dkm.session import Opened, Ran, first_line, open_first, open_tried, runs_on_cpu_alone
+from edge_dkm.session import Opened, Ran, first_line, open_first, open_tried, run_bound, runs_on_cpu_alone
 
 __all__ = ["FETCHED", "Frame", "Inspection", "Inspector", "Outputs", "Runtime"]
 
 Frame = NDArray[np.uint8]
 Vector = NDArray[np.float32]
-FETCHED = ("cluster_id", "distance", "novelty_score", "p_value", "is_novel", "distances")
+FETCHED = ("cluster_id", "distance", "novelty_score", "p_value", "is_novel", "distances", "embedding")
+PATCH_SCORE, NOVELTY_MAP = (spec.name for spec in PATCH_OUTPUTS)
 
 
 @dataclass(frozen=True)
@@ -49,7 +51,8 @@ class Inspection:
 
     `distance` is to the nearest centroid; `margin` is how much further the second nearest lies (None where K is 1).
     `novelty_score`: dimensionless, higher is stranger, 1.0 is the edge at the target false-reject rate; `p_value` is the share of
-    good parts that would look at least as strange.
+    good parts that would look at least as strange. `embedding` (D,) is before any L2; `patch_score` is None without a patch bank.
+    `codebook` judged: `base`, or the 12-digit digest of a station's own.
     """
 
     cluster: Cluster
@@ -61,6 +64,9 @@ class Inspection:
     is_novel: bool
     verdict: Verdict
     reason: Reason
+    embedding: Vector = field(compare=False, repr=False)
+    patch_score: float | None = None
+    codebook: str = "base"
 
 
 @dataclass(frozen=True)
@@ -69,6 +75,7 @@ class _Edge:
 
     threshold: float
     feed: Mapping[str, Vector]
+    codebook: Codebook | None = None
 
 
 class Inspector:
@@ -101,17 +108,11 @@ class Inspector:
         self.metadata, opened = _open_model(self.file, self.runtime)
         self.ran: Ran = opened.ran
         self._session: ort.InferenceSession | None = opened.session
-        self.codebook: Codebook | None = None
-        if codebook is not None:
-            self.codebook = read_codebook(
-                codebook,
-                model_sha256=self.file.sha256,
-                n_clusters=self.metadata.n_clusters,
-                embed_dim=self.metadata.embed_dim,
-            )
         self.default_threshold = _default_threshold(self.metadata)
-        # One object, replaced as one: no frame is compared with one threshold and reported with another.
-        self._edge = _Edge(self.default_threshold, dict(self.codebook.tensors) if self.codebook else {})
+        # One object, replaced as one: no frame is compared with one threshold or codebook and reported with another.
+        self._edge, self._edge_lock = _Edge(self.default_threshold, {}), threading.Lock()
+        if codebook is not None:
+            self.set_codebook(self.read_codebook(codebook))
         if novelty_threshold is not None:
             self.set_novelty_threshold(novelty_threshold)
         self.policy = policy or Policy()
@@ -127,6 +128,11 @@ class Inspector:
         return list(self.ran.actual)
 
     @property
+    def fetched(self) -> tuple[str, ...]:
+        """The outputs that an inspection takes from the graph."""
+        return (*FETCHED, PATCH_SCORE) if self.metadata.has_patches else FETCHED
+
+    @property
     def precision(self) -> str:
         """Of what really runs: the file's (fp32 or int8), unless the provider lowers it."""
         return self.metadata.precision if self.ran.precision == "fp32" else self.ran.precision
@@ -140,7 +146,27 @@ class Inspector:
         """Moves the edge from the next frame on; must be a finite number greater than 0."""
         if not 0 < threshold < float("inf"):
             raise UsageError(f"novelty_threshold is {threshold}, expected a finite number greater than 0")
-        self._edge = _Edge(float(threshold), {**self._edge.feed, THRESHOLD.name: np.array([threshold], np.float32)})
+        with self._edge_lock:
+            feed = {**self._edge.feed, THRESHOLD.name: np.array([threshold], np.float32)}
+            self._edge = _Edge(float(threshold), feed, self._edge.codebook)
+
+    @property
+    def codebook(self) -> Codebook | None:
+        """The station codebook that judges now; None: the graph's own."""
+        return self._edge.codebook
+
+    def read_codebook(self, path: str | Path) -> Codebook:
+        """A station codebook of this model; raises ModelError or ContractError where it is none."""
+        sizes = {"n_clusters": self.metadata.n_clusters, "embed_dim": self.metadata.embed_dim}
+        return read_codebook(path, model_sha256=self.file.sha256, **sizes)
+
+    def set_codebook(self, codebook: Codebook | None) -> None:
+        """Judges by another codebook of this model (`read_codebook`) from the next frame on; None: by the graph's own."""
+        if codebook is not None and codebook.model_sha256 != self.file.sha256:
+            raise UsageError(f"codebook {codebook.sha12} is not of {self.file.name}; read it by read_codebook")
+        with self._edge_lock:
+            feed = {THRESHOLD.name: self._edge.feed[THRESHOLD.name]} if THRESHOLD.name in self._edge.feed else {}
+            self._edge = _Edge(self._edge.threshold, feed | dict(codebook.tensors if codebook else {}), codebook)
 
     def inspect(self, frame: Frame) -> Inspection:
         """Inspects one frame.
@@ -164,12 +190,25 @@ class Inspector:
                 "F-SHAPE", f"one batch holds frames of {sorted({f.shape for f in checked})}, expected one size"
             )
         edge = self._edge
-        outputs = self.run(checked[0][None] if len(checked) == 1 else np.stack(checked), FETCHED, edge.feed)
-        return [self._inspection(outputs, n, edge.threshold) for n in range(len(frames))]
+        outputs = self.run(checked[0][None] if len(checked) == 1 else np.stack(checked), self.fetched, edge.feed)
+        return [self._inspection(outputs, n, edge) for n in range(len(frames))]
+
+    def novelty_map(self, frame: Frame) -> Vector:
+        """Where a frame is strange: (h, w), the bank's distances cell by cell, 1.0 = the edge of the codebook in use.
+
+        Raises:
+            UsageError: the model has no bank.
+            FrameError, InspectionError: as `inspect`.
+        """
+        if not self.metadata.has_patches:
+            raise UsageError(f"{self.file.name} has no novelty_map; train with novelty.bank")
+        scale = self._edge.feed.get("novelty_scale", self.metadata.novelty.get("scale", 1.0))
+        found = np.asarray(self.run(self._checked(frame)[None], (NOVELTY_MAP,))[NOVELTY_MAP][0], np.float32)
+        return found / np.float32(np.ravel(np.asarray(scale, np.float64))[0])
 
     def shares_runs_with(self, other: Inspector) -> bool:
         """Whether the two are one loaded model with one codebook, so that `inspect_for` may judge frames of both."""
-        return self._session is other._session and self.codebook is other.codebook
+        return self._session is other._session and _name(self.codebook) == _name(other.codebook)
 
     def inspect_for(self, twins: Sequence[Inspector], frames: Sequence[Frame]) -> list[Inspection | InspectionError]:
         """One run for frames of one size, each judged by the threshold and labels of its own twin; an answer or an error per frame.
@@ -177,14 +216,18 @@ class Inspector:
         Raises:
             InspectionError: the run as a whole failed, or a frame does not fit; then none has an answer.
         """
-        outputs = self.run(np.stack([self._checked(frame) for frame in frames]), FETCHED)
+        own = self._edge
+        outputs = self.run(np.stack([self._checked(frame) for frame in frames]), self.fetched, own.feed)
         answers: list[Inspection | InspectionError] = []
         for n, twin in enumerate(twins):
             # The graph compares with one threshold for the whole run; this is the same comparison, in float32.
-            threshold = twin._edge.threshold
-            is_novel = np.asarray(outputs["novelty_score"] > np.float32(threshold))
+            edge = twin._edge
+            is_novel = np.asarray(outputs["novelty_score"] > np.float32(edge.threshold))
             try:
-                answers.append(twin._inspection({**outputs, "is_novel": is_novel}, n, threshold))
+                if _name(edge.codebook) != _name(own.codebook):  # switched since the frames were chosen
+                    answers.append(twin.inspect(frames[n]))
+                    continue
+                answers.append(twin._inspection({**outputs, "is_novel": is_novel}, n, edge))
             except InspectionError as error:
                 # Its traceback would hold this function, and by that the pictures, until the garbage collector comes.
                 answers.append(error.with_traceback(None))
@@ -204,8 +247,10 @@ class Inspector:
             return self._run(image, names, feed)
         threshold = float(feed[THRESHOLD.name][0]) if THRESHOLD.name in feed else self.default_threshold
         if is_whole(feed):
-            embedding = np.asarray(self._run(image, ("embedding",), {})["embedding"], np.float32)
-            outputs = compute_head(embedding, feed, threshold, l2=self.metadata.l2)
+            inputs = self.metadata.head_inputs
+            own = self._run(image, tuple({*inputs, *set(names) - set(FETCHED)}), {})
+            embedding, *joined = (np.asarray(own[name], np.float32) for name in inputs)
+            outputs = own | compute_head(embedding, feed, threshold, self.metadata.l2, *joined)
         else:
             outputs = self._run(image, tuple({*names, "novelty_score"} - {"is_novel"}), {})
             outputs["is_novel"] = np.asarray(outputs["novelty_score"] > np.float32(threshold))
@@ -217,7 +262,7 @@ class Inspector:
         self._runs.add(options)
         try:
             if self.runtime.io_binding:
-                values = _run_bound(session, {IMAGE: image, **feed}, names, options)
+                values = run_bound(session, {IMAGE: image, **feed}, names, options)
             else:
                 values = session.run(list(names), {IMAGE: image, **feed}, options)
         except Exception as error:  # onnxruntime raises many types; none of them may end the line
@@ -284,7 +329,7 @@ class Inspector:
             )
         return np.ascontiguousarray(frame)
 
-    def _inspection(self, outputs: Outputs, n: int, threshold: float) -> Inspection:
+    def _inspection(self, outputs: Outputs, n: int, edge: _Edge) -> Inspection:
         distances = outputs["distances"][n]
         score, distance, p_value = (float(outputs[name][n]) for name in ("novelty_score", "distance", "p_value"))
         if not (np.isfinite(score) and np.isfinite(p_value) and np.isfinite(distances).all()):
@@ -300,12 +345,19 @@ class Inspector:
             distance,
             margin,
             score,
-            threshold,
+            edge.threshold,
             p_value,
             is_novel,
             verdict,
             reason,
+            np.array(outputs["embedding"][n], np.float32),
+            float(outputs[PATCH_SCORE][n]) if PATCH_SCORE in outputs else None,
+            _name(edge.codebook),
         )
+
+
+def _name(codebook: Codebook | None) -> str:
+    return codebook.sha12 if codebook is not None else "base"
 
 
 def _open_model(file: ModelFile, runtime: Runtime) -> tuple[Metadata, Opened]:
@@ -317,31 +369,13 @@ def _open_model(file: ModelFile, runtime: Runtime) -> tuple[Metadata, Opened]:
     return metadata, (open_lowered if is_lowered else open_tried)(file, metadata, runtime, first)
 
 
-def _run_bound(
-    session: ort.InferenceSession,
-    feed: Mapping[str, NDArray[np.generic]],
-    names: Sequence[str],
-    options: ort.RunOptions,
-) -> list[NDArray[np.generic]]:
-    """For GPUs: inputs are bound where they lie, outputs come back in one step. On a GPU it was never run by this project."""
-    binding = session.io_binding()
-    for name, value in feed.items():
-        binding.bind_cpu_input(name, np.ascontiguousarray(value))
-    for name in names:
-        binding.bind_output(name)  # to the processor's memory: a few numbers per frame
-    binding.synchronize_inputs()
-    session.run_with_iobinding(binding, options)
-    binding.synchronize_outputs()
-    return list(binding.copy_outputs_to_cpu())
-
-
 def _check_contract(session: ort.InferenceSession, metadata: Metadata, name: str) -> None:
     def described(nodes: Sequence[ort.NodeArg]) -> dict[str, tuple[str, list[object]]]:
         return {node.name: (node.type, list(node.shape)) for node in nodes}
 
     sizes = {"K": metadata.n_clusters, "D": metadata.embed_dim}
     check_tensors(name, "input", described(session.get_inputs()), (INPUT,), {})
-    check_tensors(name, "output", described(session.get_outputs()), OUTPUTS, sizes)
+    check_tensors(name, "output", described(session.get_outputs()), metadata.outputs, sizes)
     check_tensors(name, "overridable input", described(session.get_overridable_initializers()), OVERRIDABLE, sizes)
     extra = [node.name for node in session.get_inputs() if node.name != IMAGE]
     if extra:

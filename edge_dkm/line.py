@@ -12,6 +12,7 @@ from devices.capture import Capture
 from devices.outputs import open_output
 from devices.triggers import Shot
 from edge_dkm import __version__
+from edge_dkm.afterwards import Afterwards
 from edge_dkm.alarms import Alarms
 from edge_dkm.announcer import Announcer
 from edge_dkm.commands.commands import Commands
@@ -19,17 +20,22 @@ from edge_dkm.commands.handlers import line_handlers
 from edge_dkm.commands.live_settings import KEY, LineFacts, LiveControl, LiveSettings, ModelTable
 from edge_dkm.conditions import Conditions
 from edge_dkm.decision import Policy
+from edge_dkm.drift.follower import DriftFollower
+from edge_dkm.frames.novel_frames import FOLDER as FRAMES
+from edge_dkm.frames.novel_frames import NovelFrames, spaces_of
 from edge_dkm.health import STUCK_S
 from edge_dkm.inspector import Inspector
 from edge_dkm.mqtt.publisher import Publisher
 from edge_dkm.outbox import Draft, Outbox
 from edge_dkm.part_observer import PartObserver
 from edge_dkm.pipeline import Pipeline
+from edge_dkm.recentring.reservoir_follower import ReservoirFollower
 from edge_dkm.reject import RejectOutput
 from edge_dkm.results import restart_draft
 from edge_dkm.service.restarts import RestartCounts
 from edge_dkm.settings import LineSettings
 from edge_dkm.state import StateFolder
+from edge_dkm.station_codebooks import StationCodebooks
 from edge_dkm.vitals import Vitals
 
 CLOSE_S = 1.5
@@ -50,6 +56,8 @@ class Line:
     ) -> None:
         self.settings, self.folder, self.outbox, self.inspectors = settings, folder, outbox, inspectors
         self.attention = threading.Event()
+        self.codebooks = StationCodebooks(folder.path, inspectors)
+        self.codebooks.load()
         # A start that took long has one running already.
         self.publisher = publisher or Publisher(settings, outbox, f"edge-dkm {__version__}")
         self.publisher.on_change = self.attention.set
@@ -74,7 +82,15 @@ class Line:
             if camera.output is not None
         }
         self.observer = PartObserver(settings, self.rejects, self.publisher.say)
-        self.pipeline.observer = self.observer
+        self.afterwards = Afterwards()
+        self.frames = NovelFrames(
+            settings, folder.path / FRAMES, spaces_of(inspectors), lambda name: self.captures[name].frame_size
+        )
+        self.afterwards.add(self.frames)
+        self.afterwards.add(ReservoirFollower(folder.path, settings.reservoir, inspectors))
+        self.drift = DriftFollower(settings.drift, inspectors, self._drift_changed)
+        self.afterwards.add(self.drift)
+        self.pipeline.observers = (self.observer, self.afterwards)  # in this order: a machine waits for its output
         # Past its time-out an inference is interrupted; what does not end then hangs.
         self.pipeline.stages["infer"].stuck_s = max(STUCK_S, settings.infer_timeout_s + 3)
         self.conditions = Conditions(self)
@@ -86,6 +102,7 @@ class Line:
         for output in self.rejects.values():
             output.start()
         self.announcer.state("warming_up")
+        self.afterwards.start()
         cut_off = self._cut_off_parts()  # before a command can announce a part of this run
         self.pipeline.start(cut_off)
         if not self.publisher.is_alive():
@@ -108,6 +125,10 @@ class Line:
         deadline_s = time.monotonic() + CLOSE_S
         for output in self.rejects.values():
             output.close(max(0.1, deadline_s - time.monotonic()))
+        if not self.afterwards.close(CLOSE_S):
+            log.warning(
+                "what follows parts (drift, reservoir, novel frames) did not end within %g s and is left", CLOSE_S
+            )
         self._join_captures()
         return is_done
 
@@ -159,6 +180,10 @@ class Line:
         if camera in self.rejects and self.captures[camera].status().state != "online":
             self.rejects[camera].fail(f"camera {camera} gives no usable frames")
         self.announcer.camera(camera)
+        self.attention.set()
+
+    def _drift_changed(self, camera: str) -> None:
+        self.announcer.drift(camera)
         self.attention.set()
 
     def _facts(self) -> LineFacts:

@@ -198,6 +198,24 @@ class InfoCamera(Message):
     roi: tuple[int, int, int, int] | None = None
 
 
+class InfoProblem(Message):
+    """Why something else runs than was chosen."""
+
+    code: str
+    detail: Detail
+
+
+class InfoCodebook(Message):
+    """What judges a camera's parts: `base`, or a station codebook by its 12-digit digest. `promised_frr`: the false-reject rate it keeps."""
+
+    codebook: str
+    parent: str | None = None
+    created: str | None = None
+    since: str | None = None
+    promised_frr: float | None = None
+    problem: InfoProblem | None = None
+
+
 class InfoDelivery(Message):
     """How results are delivered."""
 
@@ -210,6 +228,7 @@ class Info(Announcement):
 
     schema_: Literal["dkm.info/1"] = Field("dkm.info/1", alias="schema")
     model: InfoModel
+    codebooks: dict[str, InfoCodebook] | None = None
     clusters: list[InfoCluster]
     providers: Providers
     precision: str
@@ -290,6 +309,28 @@ class CameraHealth(Announcement):
     reconnects: int
 
 
+class Drift(Announcement):
+    """Whether one camera still sees what its model was trained on: `dkm.drift/1`, retained, on change.
+
+    n: parts seen with this codebook; shares by cluster id, novelty_rate and shift are of the last few hundred. shift: of the mean
+    embedding, in the scatter of the training's held-out parts. left: the statistics that have left their interval, with the side.
+    settled: whether the line's own beginning is known, against which small changes are seen. missing: what is not watched, and why.
+    """
+
+    schema_: Literal["dkm.drift/1"] = Field("dkm.drift/1", alias="schema")
+    camera: str
+    codebook: str
+    n: int
+    shares: dict[str, float]
+    novelty_rate: float
+    shift: float | None = None
+    moved: list[Literal["light", "focus", "position", "new_type", "new_family"]]
+    recommended: Literal["none", "camera", "recentre", "retrain"]
+    left: list[str]
+    settled: bool
+    missing: Detail | None = None
+
+
 class Alarm(Announcement):
     """Something that somebody should look at, raised or cleared: `dkm.alarm/1`, retained."""
 
@@ -335,39 +376,12 @@ MESSAGES: dict[str, type[Message]] = {
     "dkm.camera/1": CameraHealth,
     "dkm.result/1": Result,
     "dkm.gap/1": Gap,
+    "dkm.drift/1": Drift,
     "dkm.alarm/1": Alarm,
     "dkm.cmd/1": CommandMessage,
     "dkm.reply/1": Reply,
     "dkm.ack/1": Ack,
 }
-
-
-def json_schema(name: str) -> dict[str, Any]:
-    """The JSON Schema of one message: enumerations are closed, further keys are allowed, a key without a value is not there."""
-    schema = MESSAGES[name].model_json_schema(by_alias=True, mode="serialization")
-    return {
-        "$schema": "https://json-schema.org/draft/2020-12/schema",
-        "$id": f"urn:edge-dkm:{name}",
-        **_without_null(schema),
-    }
-
-
-def _without_null(schema: Any) -> Any:
-    """Pydantic writes an optional field as `X or null, default null`; on the wire it is `X, not required`, and all others are required."""
-    if isinstance(schema, list):
-        return [_without_null(item) for item in schema]
-    if not isinstance(schema, dict):
-        return schema
-    result = {key: _without_null(value) for key, value in schema.items() if not (key == "default" and value is None)}
-    options = [option for option in result.get("anyOf", []) if option != {"type": "null"}]
-    if len(options) == 1 and "anyOf" in result:
-        del result["anyOf"]
-        result = {**options[0], **result}
-    if isinstance(schema.get("properties"), dict):
-        result["required"] = [
-            key for key, value in schema["properties"].items() if value.get("default", ...) is not None
-        ]
-    return result
 
 
 def new_result_id() -> str:

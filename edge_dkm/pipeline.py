@@ -27,7 +27,7 @@ from edge_dkm.errors import FrameError, InspectionError
 from edge_dkm.health import Stage
 from edge_dkm.inspecting import Answer, Inspecting
 from edge_dkm.inspector import Inspection, Inspector
-from edge_dkm.message import ModelInfo, Part, TriggerInfo, new_result_id
+from edge_dkm.message import Part, TriggerInfo, new_result_id
 from edge_dkm.outbox import Draft, Intent, Numbers, Outbox
 from edge_dkm.results import Case, Clockings, completed, fitted, model_info, timestamp, without_answer
 from edge_dkm.shot_buffer import ShotBuffer, Tally
@@ -107,10 +107,10 @@ class Pipeline:
         self.tallies = {name: Tally() for name in cameras}
         self.timings: deque[Timings] = deque(maxlen=KEPT_TIMINGS)
         self.failed: BaseException | None = None
-        self.observer: Observer | None = None
+        self.observers: tuple[Observer, ...] = ()
         self.is_paused = False
         self._topic_of, self._on_event = topic_of, on_event
-        self._models: dict[str, ModelInfo] = {name: model_info(inspector) for name, inspector in inspectors.items()}
+        self._inspectors = inspectors
         self._buffer = ShotBuffer({name: camera.policy for name, camera in cameras.items()}, self.tallies)
         self._results: queue.Queue[_Done | None] = queue.Queue(MAX_UNCOMMITTED)
         self._promised: dict[str, tuple[Case, float]] = {}  # token -> (case, monotonic seconds at which it fails)
@@ -156,8 +156,8 @@ class Pipeline:
         case = self._case(camera, shot.kind, shot.trigger_id, shot.frame.mono_s, None)
         if is_part and not self._intend(case):
             return
-        if self.observer is not None:
-            self.observer.armed(case)
+        for observer in self.observers:
+            observer.armed(case)
         if self._buffer.put(case, shot, is_part):
             tally.frames += 1
 
@@ -173,8 +173,8 @@ class Pipeline:
         self.tallies[camera].frames += 1
         with self._promise_lock:
             self._promised[case.result_id] = case, fired_s + (deadline_ms / 1000 if deadline_ms else NO_FRAME_S)
-        if self.observer is not None:
-            self.observer.armed(case)
+        for observer in self.observers:
+            observer.armed(case)
         return case.result_id
 
     def expired(self) -> list[tuple[str, str]]:
@@ -290,7 +290,7 @@ class Pipeline:
 
     def _done(self, answer: Answer) -> _Done:
         case, inspection, error, clockings = answer.case, answer.inspection, answer.error, answer.clockings
-        model = self._models[case.camera]
+        model = model_info(self._inspectors[case.camera], inspection)
 
         def render(numbers: Numbers) -> bytes:
             if inspection is not None:
@@ -351,5 +351,5 @@ class Pipeline:
             self.timings.append(timings)
         outcome = Outcome(answer.case, answer.inspection, answer.error, timings, answer.image)
         tally.verdicts[outcome.verdict] += 1
-        if self.observer is not None:
-            self.observer.committed(outcome)
+        for observer in self.observers:
+            observer.committed(outcome)

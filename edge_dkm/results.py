@@ -56,9 +56,10 @@ class Clockings:
         )
 
 
-def model_info(inspector: Inspector) -> ModelInfo:
-    """The model and codebook that judge."""
-    codebook = inspector.codebook.sha12 if inspector.codebook else "base"
+def model_info(inspector: Inspector, inspection: Inspection | None = None) -> ModelInfo:
+    """The model and codebook that judge now; of an inspection, those that judged it: the codebook may have been switched since."""
+    now = inspector.codebook
+    codebook = inspection.codebook if inspection is not None else now.sha12 if now is not None else "base"
     return ModelInfo(id=inspector.metadata.model_id, sha256=inspector.file.sha256, codebook=codebook, contract=CONTRACT)
 
 

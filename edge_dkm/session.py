@@ -181,7 +181,8 @@ def warm_up(session: ort.InferenceSession, file: ModelFile, spec: InputSpec, run
 def can_override(session: ort.InferenceSession, metadata: Metadata, image: NDArray[np.uint8]) -> bool:
     """Whether the session heeds a replaced codebook and threshold: found out with one that puts its last centroid onto the frame."""
     try:
-        embedding = np.asarray(session.run(["embedding"], {IMAGE: image})[0], np.float32)
+        taken = [np.asarray(value, np.float32) for value in session.run(list(metadata.head_inputs), {IMAGE: image})]
+        embedding, *joined = taken
         placed = to_cluster_space(embedding, metadata.l2)[0]
         centroids = np.repeat(placed[None] + np.float32(1), metadata.n_clusters, 0)
         centroids[-1] = placed
@@ -195,7 +196,7 @@ def can_override(session: ort.InferenceSession, metadata: Metadata, image: NDArr
         }
         names = ["cluster_id", "distances", "novelty_score", "p_value", "is_novel"]
         for threshold in (1e-30, 1e30):
-            expected = compute_head(embedding, codebook, threshold, l2=metadata.l2)
+            expected = compute_head(embedding, codebook, threshold, metadata.l2, *joined)
             feed = {IMAGE: image, "novelty_threshold": np.array([threshold], np.float32), **codebook}
             for name, value in zip(names, session.run(names, feed), strict=True):
                 if not np.allclose(np.asarray(value, np.float64), np.asarray(expected[name], np.float64), 0.1, 0.1):
@@ -323,6 +324,24 @@ def _kernels(session: ort.InferenceSession) -> dict[str, int] | None:
         log.debug("no profile of the first run: %s", error)
         return None
     return dict(names) or None
+
+
+def run_bound(
+    session: ort.InferenceSession,
+    feed: Mapping[str, NDArray[np.generic]],
+    names: Sequence[str],
+    options: ort.RunOptions,
+) -> list[NDArray[np.generic]]:
+    """For GPUs: inputs are bound where they lie, outputs come back in one step. On a GPU it was never run by this project."""
+    binding = session.io_binding()
+    for name, value in feed.items():
+        binding.bind_cpu_input(name, np.ascontiguousarray(value))
+    for name in names:
+        binding.bind_output(name)  # to the processor's memory: a few numbers per frame
+    binding.synchronize_inputs()
+    session.run_with_iobinding(binding, options)
+    binding.synchronize_outputs()
+    return list(binding.copy_outputs_to_cpu())
 
 
 def first_line(error: BaseException) -> str:

@@ -142,6 +142,55 @@ class ImageSettings(Settings):
     max_px: int = Field(640, ge=16, description="longer side")
 
 
+class FramesSettings(Settings):
+    """Frames kept on disk for the next training, in `<state>/frames/<camera>`: the novel ones, with `keep: borderline` also the nearly novel.
+
+    At most `per_hour` of each kind (novel, borderline, ordinary) per camera, a few minutes' worth at once: a flood of novel parts cannot
+    wear out the disk. What is too old, and the oldest above `max_mb`, is removed as parts pass.
+    """
+
+    keep: Literal["borderline", "novel", "never"] = "borderline"
+    borderline: tuple[float, float] = Field((0.85, 1.0), description="of novelty_score / threshold: from, to")
+    ordinary: float = Field(
+        0.001, ge=0, le=1, description="share of all other parts that is kept, too, drawn by chance"
+    )
+    per_hour: float = Field(120, gt=0, le=1_000_000)
+    max_mb: float = Field(512, gt=0, le=1_000_000, description="per camera")
+    max_age_h: float = Field(336, gt=0, le=MAX_HOURS)
+
+    @field_validator("borderline")
+    @classmethod
+    def _in_order(cls, value: tuple[float, float]) -> tuple[float, float]:
+        if not 0 <= value[0] <= value[1]:
+            raise ValueError("expected two numbers from 0 on, the smaller one first")
+        return value
+
+
+class ReservoirSettings(Settings):
+    """What `edge-dkm recentre` learns from: embeddings of recent parts in `<state>/reservoir`, no pictures. `rows: 0` keeps none.
+
+    `max_mb` is for all cameras together; large embeddings get fewer rows.
+    """
+
+    rows: int = Field(20_000, ge=0, le=1_000_000, description="per camera")
+    max_mb: float = Field(20, gt=0, le=10_000)
+
+
+class DriftSettings(Settings):
+    """Whether the line still sees what its model was trained on: `<camera>/drift`."""
+
+    enabled: bool = True
+    false_alarm_every: int = Field(
+        1_000_000, ge=1000, description="parts of one camera to the first false alarm, on average and at least"
+    )
+    run_in: int = Field(
+        3000,
+        ge=200,
+        le=1_000_000,
+        description="so many first parts are the line's own beginning, that later ones are held against",
+    )
+
+
 class LineSettings(Settings):
     """What `edge-dkm run` reads."""
 
@@ -160,6 +209,9 @@ class LineSettings(Settings):
     delivery: DeliverySettings = DeliverySettings()
     health: HealthSettings = HealthSettings()
     image: ImageSettings = ImageSettings()
+    drift: DriftSettings = DriftSettings()
+    frames: FramesSettings = FramesSettings()
+    reservoir: ReservoirSettings = ReservoirSettings()
     infer_timeout_s: float = Field(5.0, gt=0, le=600, description="an inference that takes longer is stopped")
     state: Path = Field(
         Path("state"), validate_default=False, description="the folder for outbox, codebooks and what else must survive"

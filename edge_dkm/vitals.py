@@ -136,6 +136,8 @@ class Vitals:
             state_corrupt=sum(place is not None for place in (line.outbox.quarantined, line.restarts.quarantined)),
             clock_jumps=self._jumps.count,
             clock_synced=is_synced(),
+            drift={name: report.state for name, report in list(line.drift.reports.items())},
+            not_followed=line.afterwards.left_out,
         )
 
     def _stuck(self) -> list[str]:

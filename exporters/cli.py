@@ -66,6 +66,7 @@ def _export(arguments: argparse.Namespace) -> int:
     ]
     if exported.rejected:
         lines.append(f"          calibrated without the rejected clusters {', '.join(exported.rejected)}")
+    lines.append(f"drift     {exported.drift}")
     if exported.int8 is not None:
         lines.append(f"precision {_int8_sentence(exported.int8)}")
     if profile is not None and not profile.run_here:
@@ -81,6 +82,7 @@ def _export(arguments: argparse.Namespace) -> int:
             "novelty": exported.novelty,
             "max_score_difference": exported.parity.max_score_difference,
             "clusters": exported.clusters,
+            "drift": exported.drift,
             "quantization": exported.int8.plain() if exported.int8 else None,
         },
         "\n".join(lines),

@@ -11,7 +11,7 @@ from typing import Any
 
 from configs.command import INTERRUPTED, Parser, add_command, add_overrides, guarded, show
 
-PLANNED = ("label", "ingest", "init")
+PLANNED = ("label", "init")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -46,6 +46,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
 
     _add_comparisons(commands)
+    _add_ingest(commands)
 
     report = add_command(commands, "report", _report, "write report.html of a run again")
     report.add_argument("run", type=Path)
@@ -86,6 +87,45 @@ def _add_comparisons(commands: Any) -> None:
     )
     pilot.add_argument("--max-images", type=int, default=2000, help="at most this many, evenly spaced (default 2000)")
     pilot.add_argument("--out", type=Path, help="folder of runs and settings (default: runs/<data>-pilot)")
+
+
+def _add_ingest(commands: Any) -> None:
+    """Frames that come back from the line."""
+    ingest = add_command(
+        commands, "ingest", _ingest, "gather frames of recordings and stations into one folder to train on"
+    )
+    ingest.add_argument(
+        "sources",
+        nargs="+",
+        type=Path,
+        metavar="FOLDER",
+        help="a station's state folder, one of its frames/CAMERA folders, or a folder of `edge-dkm record`",
+    )
+    ingest.add_argument("--out", type=Path, required=True, metavar="FOLDER")
+    ingest.add_argument(
+        "--since", type=_moment, metavar="TIME", help="captured at or after, as 2026-11-20 or with a time; UTC"
+    )
+    ingest.add_argument("--until", type=_moment, metavar="TIME", help="captured before")
+    for name in ("verdict", "cluster", "camera"):
+        ingest.add_argument(f"--{name}", action="append", default=[], help=f"only of this {name}; repeatable")
+    ingest.add_argument("--min-novelty", type=float, metavar="SCORE", help="novelty_score at least")
+    ingest.add_argument("--max-novelty", type=float, metavar="SCORE", help="novelty_score at most")
+    ingest.add_argument("--limit", type=_count, metavar="N", help="at most so many, evenly spaced over the others")
+
+
+def _moment(text: str) -> Any:
+    from trainer.recordings import parse_time
+
+    moment = parse_time(text)
+    if moment is None:
+        raise argparse.ArgumentTypeError(f"{text}, expected a date or time as 2026-11-20 or 2026-11-20T23:44:01Z")
+    return moment
+
+
+def _count(text: str) -> int:
+    if not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text}, expected a whole number of at least 1")
+    return int(text)
 
 
 def _add_run_and_data(parser: argparse.ArgumentParser) -> None:
@@ -216,6 +256,23 @@ def _compare(arguments: argparse.Namespace, compare: Callable[[], Any]) -> int:
     except InterruptedTraining as interruption:
         print(f"dkm-train: {interruption}; the same command goes on from there", file=sys.stderr)
         return INTERRUPTED
+    show(arguments.json, result.plain(), result.text())
+    return 0
+
+
+def _ingest(arguments: argparse.Namespace) -> int:
+    from trainer.ingest import Wanted, ingest
+
+    wanted = Wanted(
+        arguments.since,
+        arguments.until,
+        arguments.verdict,
+        arguments.cluster,
+        arguments.camera,
+        (arguments.min_novelty, arguments.max_novelty),
+        arguments.limit,
+    )
+    result = ingest(arguments.sources, arguments.out, wanted)
     show(arguments.json, result.plain(), result.text())
     return 0
 

@@ -1,4 +1,4 @@
-"""Which node of an exported graph belongs to pre-processing, encoder or head: those before, between and behind `pixels` and `features`.
+"""Which node of an exported graph belongs to pre-processing, encoder or head: those before, between and behind `pixels` and `features` (or a `map_`).
 
 onnxruntime's profiler names nodes and not tensors, and a device has no onnx package, so the few fields that are needed are read here.
 Field numbers are those of onnx.proto: ModelProto.graph 7, GraphProto.node 1, NodeProto.input 1, .output 2, .name 3, .op_type 4.
@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
-from edge_dkm.contract import FEATURES, PIXELS
+from edge_dkm.contract import FEATURES, MAP, PIXELS
 from edge_dkm.errors import ModelError
 
 Place = Literal["pre-process", "encoder", "head"]
@@ -97,7 +97,8 @@ def place_nodes(nodes: Sequence[Node]) -> dict[str, Place]:
     by_tensor = {tensor: node for node in nodes for tensor in node.outputs}
     if FEATURES not in by_tensor:
         return {}
-    before_features, before_pixels = _ancestors(by_tensor, FEATURES), _ancestors(by_tensor, PIXELS)
+    ends = [FEATURES, *(tensor for tensor in by_tensor if tensor.startswith(MAP))]
+    before_features, before_pixels = _ancestors(by_tensor, ends), _ancestors(by_tensor, [PIXELS])
     has_weights: dict[str, bool] = {}
     comes_from_image: dict[str, bool] = {"image": True}
     places: dict[str, Place] = {}
@@ -120,10 +121,10 @@ def place_nodes(nodes: Sequence[Node]) -> dict[str, Place]:
     return places
 
 
-def _ancestors(by_tensor: Mapping[str, Node], tensor: str) -> set[int]:
-    """Identities of the nodes that `tensor` is computed by."""
+def _ancestors(by_tensor: Mapping[str, Node], tensors: Sequence[str]) -> set[int]:
+    """Identities of the nodes that `tensors` are computed by."""
     found: set[int] = set()
-    waiting = [tensor]
+    waiting = list(tensors)
     while waiting:
         node = by_tensor.get(waiting.pop())
         if node is not None and id(node) not in found:

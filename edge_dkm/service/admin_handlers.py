@@ -1,4 +1,4 @@
-"""What the admin socket of a running line answers: status, and the outbox's status, replay and purge."""
+"""What the admin socket of a running line answers: status, the outbox's status, replay and purge, and the codebooks."""
 
 from __future__ import annotations
 
@@ -19,6 +19,8 @@ def admin_handlers(line: Line) -> dict[str, Handler]:
         "status": lambda _: {**line.status(), "outbox": outbox_status(line)},
         "outbox_status": lambda _: outbox_status(line),
         "replay": lambda args: _replay(line, args),
+        "codebooks": lambda _: line.codebooks.plain(),
+        "codebook": lambda args: _switch(line, args),
         "purge": lambda _: {"rows": line.outbox.purge(), "left": line.outbox.status().rows},
     }
 
@@ -38,6 +40,17 @@ def outbox_status(line: Line) -> dict[str, Any]:
         "last": line.outbox.last_cseq(),
         "quarantined": str(line.outbox.quarantined) if line.outbox.quarantined else None,
     }
+
+
+def _switch(line: Line, args: dict[str, Any]) -> dict[str, Any]:
+    """From the next frame on; `info` says so."""
+    how = args.get("how")
+    if how not in {"recentre", "rollback"}:
+        raise UsageError(f"how is {how!r}, expected recentre or rollback")
+    line.codebooks.switch(str(args.get("camera")), str(args.get("codebook")), how)
+    line.announcer.info()
+    line.attention.set()
+    return line.codebooks.plain()[str(args.get("camera"))]
 
 
 def _replay(line: Line, args: dict[str, Any]) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, get_args
 
+from edge_dkm.drift.monitor import DriftState, Moved, Recommended
 from edge_dkm.errors import UsageError
 from edge_dkm.message import CameraCounters, Gap, OutboxHealth, StageHealth
 from edge_dkm.service.histogram import HistogramCounts
@@ -20,6 +21,8 @@ JUMP_S = 1.0
 # Series that stand at 0 from the start: Prometheus sees no increase in a series that begins at 1.
 FRAME_REASONS = ("superseded",)
 GAP_REASONS: tuple[str, ...] = get_args(Gap.model_fields["reason"].annotation)
+MOVED: tuple[str, ...] = get_args(Moved)
+RECOMMENDED: tuple[str, ...] = get_args(Recommended)
 PUBACKS = (0x00, 0x10, 0x80, 0x83, 0x87, 0x90, 0x91, 0x97, 0x99)
 
 
@@ -49,6 +52,7 @@ class Snapshot:
     """A running line at one moment.
 
     `outbox_dropped`: results that a limit dropped from the outbox, by camera and reason (not frames: those are in the counters).
+    `drift` by camera; `not_followed`: parts left out of drift, reservoir and novel frames.
     `pubacks`: answers of the broker by MQTT reason code. `ack_lag`: rows that were sent and not acknowledged end to end.
     """
 
@@ -69,6 +73,8 @@ class Snapshot:
     state_corrupt: int = 0
     clock_jumps: int = 0
     clock_synced: bool | None = None
+    drift: Mapping[str, DriftState] = field(default_factory=dict)
+    not_followed: int = 0
 
 
 class ClockJumps:
@@ -126,6 +132,7 @@ class _Collector:
         yield from _camera_families(snapshot)
         yield from _delivery_families(snapshot)
         yield from _line_families(snapshot)
+        yield from _drift_families(snapshot)
         yield from _histograms(snapshot)
 
 
@@ -236,6 +243,23 @@ def _line_families(snapshot: Snapshot) -> Iterator[Any]:
         yield _gauge("rss_bytes", "Resident memory of the process.", (), [((), snapshot.rss_bytes)])
     if snapshot.clock_synced is not None:
         yield _gauge("clock_synced", "1 while the clock is synchronised.", (), [((), snapshot.clock_synced)])
+
+
+def _drift_families(snapshot: Snapshot) -> Iterator[Any]:
+    moved: Rows = []
+    recommended: Rows = []
+    for name, state in snapshot.drift.items():
+        moved += [((name, what), what in state.moved) for what in MOVED]
+        recommended += [((name, what), what == state.recommended) for what in RECOMMENDED]
+    shift: Rows = [((name,), state.shift) for name, state in snapshot.drift.items() if state.shift is not None]
+    rate: Rows = [((name,), state.novelty_rate) for name, state in snapshot.drift.items()]
+    yield _gauge("drift_moved", "1 for what has moved since the training.", ("camera", "what"), moved)
+    yield _gauge("drift_recommended", "1 for what is recommended.", ("camera", "what"), recommended)
+    yield _gauge("drift_shift", "Shift of recent embeddings in the scatter of the reference.", ("camera",), shift)
+    yield _gauge("drift_novelty_rate", "Share of recent parts that are novel.", ("camera",), rate)
+    yield _counter(
+        "parts_not_followed", "Parts left out of drift, reservoir, novel frames.", (), [((), snapshot.not_followed)]
+    )
 
 
 def _histograms(snapshot: Snapshot) -> Iterator[Any]:

@@ -5,6 +5,7 @@ import uuid
 from typing import Any
 
 import jsonschema
+import numpy as np
 import pytest
 
 from edge_dkm.contract import Cluster
@@ -17,9 +18,9 @@ from edge_dkm.message import (
     Gap,
     ModelInfo,
     TriggerInfo,
-    json_schema,
     new_result_id,
 )
+from edge_dkm.message_schema import json_schema
 from edge_dkm.outbox import Numbers
 from edge_dkm.results import Case, Clockings, completed, without_answer
 
@@ -49,6 +50,7 @@ def inspection(**changes: Any) -> Inspection:
             "is_novel": False,
             "verdict": "reject",
             "reason": "cluster_verdict",
+            "embedding": np.zeros(2, np.float32),
             **changes,
         }
     )

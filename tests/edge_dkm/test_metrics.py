@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import yaml
 
+from edge_dkm.drift.monitor import DriftState
 from edge_dkm.message import CameraCounters, OutboxHealth, StageHealth
 from edge_dkm.service.histogram import INFER_S, NOVELTY, Histogram
 from edge_dkm.service.metrics import CameraSnapshot, ClockJumps, Exporter, ModelRow, Snapshot
@@ -49,6 +50,8 @@ def snapshot(**changes: Any) -> Snapshot:
         "rss_bytes": 90_000_000,
         "clock_synced": False,
         "clock_jumps": 1,
+        "drift": {"top": DriftState(90, (0.5, 0.5), 0.02, 0.4, ("light",), "camera", ("light+",), True)},
+        "not_followed": 3,
     }
     return Snapshot(**{**values, **changes})
 
@@ -272,3 +275,16 @@ def test_every_metric_is_described_for_operators_and_nothing_else() -> None:
     table = text.split("## Metrics", 1)[1].split("\n## ", 1)[0]
     described = {f"edge_dkm_{name}" for name in re.findall(r"^\| `([a-z_]+)", table, re.MULTILINE)}
     assert described == families
+
+
+def test_drift_is_one_row_per_cause_and_recommendation() -> None:
+    found = samples(Exporter(snapshot).text())
+    of = {name: value for name, value in found.items() if "drift" in name or "followed" in name}
+    assert [name for name, value in of.items() if value == 1] == [
+        "edge_dkm_drift_moved{camera=top,what=light}",
+        "edge_dkm_drift_recommended{camera=top,what=camera}",
+    ]
+    assert sum("drift_moved" in name for name in of) == 5 and sum("drift_recommended" in name for name in of) == 4
+    rest = {name.removeprefix("edge_dkm_"): value for name, value in of.items() if value not in (0, 1)}
+    top = "{camera=top}"
+    assert rest == {f"drift_shift{top}": 0.4, f"drift_novelty_rate{top}": 0.02, "parts_not_followed_total": 3}

@@ -20,7 +20,7 @@ from devices.errors import CameraError
 from edge_dkm import supervisor
 from edge_dkm.errors import BrokerError, LockedError, ModelError, StorageError, UsageError
 from edge_dkm.inspector import Inspector
-from edge_dkm.message import json_schema
+from edge_dkm.message_schema import json_schema
 from edge_dkm.outbox import Intent, Outbox
 from edge_dkm.pipeline import Pipeline
 from edge_dkm.settings import LineSettings
@@ -64,6 +64,7 @@ def test_every_part_arrives_once_in_order_and_every_message_is_valid(
         "dkm.state/1",
         "dkm.health/1",
         "dkm.camera/1",
+        "dkm.drift/1",
         "dkm.result/1",
     }
 

@@ -19,7 +19,7 @@ from edge_dkm import starting, supervisor
 from edge_dkm.errors import ModelError
 from edge_dkm.inspector import Inspector
 from edge_dkm.line_report import LineReport
-from edge_dkm.message import json_schema
+from edge_dkm.message_schema import json_schema
 from edge_dkm.models import Loaded, Tell, load_models
 from edge_dkm.mqtt.link import await_connack, open_link, publish, pump
 from edge_dkm.outbox import Outbox

@@ -1,15 +1,16 @@
-"""Small SVG charts as text, without a plotting library: bars of counts, a histogram with an edge, curves."""
+"""Small SVG charts as text, without a plotting library: bars of counts, a histogram with an edge, curves, a falling staircase with its band."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from html import escape
 
 import numpy as np
 from numpy.typing import NDArray
 
 PALETTE = ("#3b6fb6", "#d1802f", "#4b9a6a", "#9b5aa5", "#b5484a", "#6b7785")
-WIDTH_PX, BAR_PX, HISTOGRAM_PX, CURVE_PX = 640, 22, 180, 200
+WIDTH_PX, BAR_PX, HISTOGRAM_PX, CURVE_PX, STEPS_PX = 640, 22, 180, 200, 220
 N_BINS = 48
 
 
@@ -95,6 +96,59 @@ def lines(series: Mapping[str, Sequence[tuple[float, float]]], marked: float | N
     parts += [f'<text x="44" y="{y_px(y) + 4:.1f}" text-anchor="end">{y:.2f}</text>' for y in sorted({low, high})]
     parts.append(f'<text x="10" y="{base + 16}">{escape(unit)}</text>')
     return _svg(CURVE_PX, "".join(parts))
+
+
+@dataclass(frozen=True)
+class Steps:
+    """A share `y` (J,) that falls at each x (J,), rising, and what it may be in truth: between `low` and `high` (J,), known at each x."""
+
+    x: NDArray[np.float64]
+    y: NDArray[np.float64]
+    low: NDArray[np.float64]
+    high: NDArray[np.float64]
+
+
+def steps(curve: Steps, edge: tuple[float, str], levels: Mapping[str, float], top: float, unit: str) -> str:
+    """The staircase and its band up to the share `top`, a vertical line at `edge`, horizontal ones at `levels`; `unit` names the x axis."""
+    below = np.flatnonzero(curve.y <= top)
+    left = min(float(curve.x[below[0]]) if len(below) else edge[0], 0.95 * edge[0])
+    right = max(float(curve.x[-1]) * 1.03, 1.15 * edge[0])
+    base = STEPS_PX - 24
+
+    def at(x: float, y: float) -> str:
+        across = 50 + (min(max(x, left), right) - left) / (right - left) * (WIDTH_PX - 70)
+        return f"{across:.1f},{base - min(y, top) / top * (base - 12):.1f}"
+
+    # Between two scores the truth is below what the left one allows and above what the right one does.
+    x = [left, *curve.x.tolist(), right]
+    high, low = [1.0, *curve.high.tolist()], [*curve.low.tolist(), 0.0]
+    y = [1.0, *curve.y.tolist()]
+    upper = [at(end, v) for v, start, stop in zip(high, x[:-1], x[1:], strict=True) for end in (start, stop)]
+    lower = [at(end, v) for v, start, stop in zip(low, x[:-1], x[1:], strict=True) for end in (start, stop)]
+    line = [at(end, v) for v, start, stop in zip(y, x[:-1], x[1:], strict=True) for end in (start, stop)]
+    colour, red = PALETTE[0], PALETTE[4]
+    edge_px = at(edge[0], 0).split(",")[0]
+    parts = [
+        f'<polygon points="{" ".join(upper + lower[::-1])}" fill="{colour}" fill-opacity=".15"/>',
+        f'<polyline points="{" ".join(line)}" fill="none" stroke="{colour}" stroke-width="1.5"/>',
+        f'<line x1="{edge_px}" x2="{edge_px}" y1="4" y2="{base}" stroke="{red}" stroke-dasharray="5 3"/>',
+        f'<text x="{float(edge_px) + 5:.1f}" y="14" fill="{red}">{edge[0]:g} = {escape(edge[1])}</text>',
+        f'<line x1="50" x2="{WIDTH_PX - 20}" y1="{base}" y2="{base}" stroke="currentColor"/>',
+    ]
+    for n, (name, level) in enumerate(levels.items()):
+        height, hue = at(right, level).split(",")[1], PALETTE[1 + n]
+        parts.append(
+            f'<line x1="50" x2="{WIDTH_PX - 20}" y1="{height}" y2="{height}" stroke="{hue}" stroke-dasharray="2 3"/>'
+            f'<text x="{WIDTH_PX - 20}" y="{float(height) - 4:.1f}" text-anchor="end" fill="{hue}">{escape(name)}</text>'
+        )
+    for n in range(5):
+        value, place = at(left + n / 4 * (right - left), n / 4 * top).split(",")
+        parts.append(
+            f'<text x="{value}" y="{base + 16}" text-anchor="middle">{left + n / 4 * (right - left):.2f}</text>'
+        )
+        parts.append(f'<text x="44" y="{float(place) + 4:.1f}" text-anchor="end">{n / 4 * top:.2g}</text>')
+    parts.append(f'<text x="{WIDTH_PX - 20}" y="{STEPS_PX + 6}" text-anchor="end">{escape(unit)}</text>')
+    return _svg(STEPS_PX + 10, "".join(parts))
 
 
 def _svg(height: int, body: str) -> str:

@@ -10,7 +10,8 @@ STYLE = """
 h1{font-size:1.5em}h2{font-size:1.15em;margin-top:2em;border-bottom:1px solid #8884}table{border-collapse:collapse}
 td,th{padding:.2em .8em;text-align:left;border-bottom:1px solid #8883}svg{max-width:100%;height:auto;font:12px system-ui,sans-serif;fill:currentColor}
 .strip{display:flex;flex-wrap:wrap;gap:4px}figure{margin:0;text-align:center;border:2px solid transparent}figure.novel{border-color:#b5484a}
-figure img{display:block;max-width:96px;max-height:96px}figcaption{font-size:11px;opacity:.7}.gone{font-size:11px;opacity:.6}
+figure img{display:block;max-width:96px;max-height:96px}figure img.map{display:inline-block;max-width:160px;max-height:160px}
+figcaption{font-size:11px;opacity:.7}.gone{font-size:11px;opacity:.6}
 .warn{background:#d1802f22;border-left:4px solid #d1802f;padding:.5em 1em}code{background:#8882;padding:.1em .3em;border-radius:3px}
 """
 

@@ -8,8 +8,6 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from trainer.artifact import Run
 from trainer.data import Skipped
 from trainer.errors import DataError
@@ -19,6 +17,8 @@ from trainer.report import chart
 from trainer.report.assignment_table import Assignment, read_assignments
 from trainer.report.frame import html_page
 from trainer.report.gallery import PER_CLUSTER, spread, strip
+from trainer.report.novelty_section import novelty_section
+from trainer.report.suspect_section import suspect_section
 from trainer.whole_file import write_whole
 
 SHOWN_SKIPPED = 50
@@ -33,7 +33,8 @@ def write_report(run: Run, skipped: Sequence[Skipped] | None, path: Path) -> Non
     by_cluster: dict[int, list[Assignment]] = {row["id"]: [] for row in run.clusters}
     for assignment in rows:
         by_cluster[assignment.cluster].append(assignment)
-    sections = [_head(run), _warnings(run, rows, skipped), _occupancy(run, by_cluster), _novelty(run, rows)]
+    sections = [_head(run), _warnings(run, rows, skipped), _occupancy(run, by_cluster)]
+    sections.append(novelty_section(run, rows, items))
     sections.append(
         "<h2>Clusters, nearest to farthest</h2><p>Under each picture its novelty score; a red frame: above 1.0.</p>"
     )
@@ -44,7 +45,7 @@ def write_report(run: Run, skipped: Sequence[Skipped] | None, path: Path) -> Non
         )
     strangest = sorted(rows, key=lambda row: -row.novelty_score)[:PER_CLUSTER]
     sections.append(f"<h2>Strangest images</h2>{strip(strangest, items)}")
-    sections.append(_truth(run, rows) + _origin(run))
+    sections.append(suspect_section(run.path, items) + _truth(run, rows) + _origin(run))
     write_whole(path, html_page(f"{run.path.name}: {run.info['method']}", "".join(sections)))
 
 
@@ -103,17 +104,6 @@ def _occupancy(run: Run, by_cluster: dict[int, list[Assignment]]) -> str:
     return (
         f"<h2>Occupancy</h2>{bars}<table><tr>{head}</tr>{cells}</table>"
         f"<p>Edit names and verdicts in <code>labels.yaml</code>, then export. Median and 99 % are of novelty distance / radius.</p>"
-    )
-
-
-def _novelty(run: Run, rows: list[Assignment]) -> str:
-    series = {
-        split: np.array([row.novelty_score for row in rows if row.split == split])
-        for split in ("train", "radius", "calibration")
-    }
-    return (
-        f"<h2>Novelty</h2><p>{escape(novelty_sentence(run.info['novelty']))}.</p>"
-        f"{chart.histogram({k: v for k, v in series.items() if len(v)}, 1.0, 'novelty score')}"
     )
 
 

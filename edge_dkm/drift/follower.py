@@ -1,0 +1,100 @@
+"""Watches the cameras of a running line for drift, part by part, on the thread of edge_dkm/afterwards.py."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+from edge_dkm.drift.monitor import DriftMonitor, DriftState
+from edge_dkm.drift.quality import measure
+from edge_dkm.drift.reference import Reference, read_reference
+from edge_dkm.drift.statistic import Sighting
+from edge_dkm.inspector import Inspector
+from edge_dkm.pipeline import Outcome
+from edge_dkm.settings import DriftSettings
+
+SAY_EVERY_S = 60.0  # where nothing has changed
+LOOK_EVERY_PARTS = 8
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class DriftReport:
+    """The state of a camera, and with which codebook. `missing`: what is not watched, and why."""
+
+    state: DriftState
+    codebook: str
+    missing: str
+
+
+@dataclass
+class _Camera:
+    monitor: DriftMonitor
+    codebook: str
+    parts: int = 0
+    news: tuple[object, ...] | None = None
+    say_due_s: float = 0.0
+
+
+class DriftFollower:
+    """`reports` holds the newest report of each camera that has seen parts; `changed` is called with its name when it is to be said."""
+
+    def __init__(
+        self, settings: DriftSettings, inspectors: Mapping[str, Inspector], changed: Callable[[str], None]
+    ) -> None:
+        self._settings, self._changed = settings, changed
+        self._inspectors = inspectors
+        self._references = {name: read_reference(inspector.metadata) for name, inspector in inspectors.items()}
+        self._cameras: dict[str, _Camera] = {}
+        self.reports: dict[str, DriftReport] = {}
+        for name, reference in self._references.items():
+            if settings.enabled and reference.missing:
+                log.warning("drift of camera %s: %s", name, reference.missing)
+
+    def wants_image(self, outcome: Outcome) -> bool:
+        """For light, focus and position, where the model's reference has those."""
+        reference = self._references[outcome.case.camera]
+        return self._settings.enabled and outcome.inspection is not None and reference.frame is not None
+
+    def follow(self, outcome: Outcome) -> None:
+        """Takes a part that has an answer; another codebook begins anew."""
+        inspection, name = outcome.inspection, outcome.case.camera
+        if not self._settings.enabled or inspection is None:
+            return
+        camera = self._cameras.get(name)
+        if camera is None or camera.codebook != inspection.codebook:
+            camera = self._cameras[name] = self._begin(name, inspection.codebook)
+        quality = None if outcome.image is None else measure(outcome.image)
+        sighting = Sighting(inspection.embedding, inspection.cluster.id, inspection.novelty_score, quality)
+        camera.monitor.observe(sighting, inspection.is_novel)
+        camera.parts += 1
+        if camera.parts % LOOK_EVERY_PARTS == 1:
+            self._look(name, camera)
+
+    def close(self) -> None:
+        """Says how things stand at the end."""
+        for name, camera in self._cameras.items():
+            self._look(name, camera, is_last=True)
+
+    def _begin(self, name: str, codebook: str) -> _Camera:
+        reference = self._reference(name, codebook)
+        n_clusters = self._inspectors[name].metadata.n_clusters
+        monitor = DriftMonitor(reference, n_clusters, self._settings.false_alarm_every, self._settings.run_in)
+        return _Camera(monitor, codebook)
+
+    def _reference(self, name: str, codebook: str) -> Reference:
+        reference = self._references[name]
+        return reference if codebook == "base" else reference.for_own_codebook()
+
+    def _look(self, name: str, camera: _Camera, is_last: bool = False) -> None:
+        state, now_s = camera.monitor.state(), time.monotonic()
+        self.reports[name] = DriftReport(state, camera.codebook, camera.monitor.reference.missing)
+        if state.news == camera.news and now_s < camera.say_due_s and not is_last:
+            return
+        if camera.news is not None and state.news != camera.news:
+            log.info("drift of camera %s: moved %s, recommended %s", name, state.moved, state.recommended)
+        camera.news, camera.say_due_s = state.news, now_s + SAY_EVERY_S
+        self._changed(name)
