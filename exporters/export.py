@@ -23,6 +23,7 @@ from exporters.errors import ExportError
 from exporters.gate import Promise
 from exporters.graph import FusedModel
 from exporters.int8 import Fp32, Int8, try_int8
+from exporters.reference import drift_reference, reference_sentence
 from exporters.trace import trace
 from exporters.verify import Parity, check_parity, make_golden
 from trainer import golden
@@ -43,7 +44,7 @@ class ExportOptions:
 
 @dataclass(frozen=True)
 class Exported:
-    """What was written and what was proven. `int8`: what came of quantising, None where it was not asked for."""
+    """What was written and what was proven. `int8`: what came of quantising, None where it was not asked for; `drift`: its reference."""
 
     path: Path
     sha256: str
@@ -53,6 +54,7 @@ class Exported:
     clusters: list[dict[str, Any]]
     rejected: list[str]
     int8: Int8 | None = None
+    drift: str = ""
 
 
 def export_run(run: Run, path: Path, options: ExportOptions | None = None) -> Exported:
@@ -86,6 +88,8 @@ def export_run(run: Run, path: Path, options: ExportOptions | None = None) -> Ex
             if int8.accepted is not None and int8.report is not None:
                 proto, answers, props["dkm.precision"] = int8.accepted.model, int8.accepted.golden, "int8"
                 proof |= {"max_abs": int8.report.score_gap, "id_agreement": int8.report.agreement}
+        reference = drift_reference(run, Inspector(_with_metadata(proto, props)), frame)
+        props["dkm.reference_hist"] = json.dumps(reference, allow_nan=False)
         golden_bytes = save_golden(answers)
         props |= {"dkm.golden_sha256": hashlib.sha256(golden_bytes).hexdigest(), "dkm.parity": json.dumps(proof)}
         data = _with_metadata(proto, props)
@@ -102,6 +106,7 @@ def export_run(run: Run, path: Path, options: ExportOptions | None = None) -> Ex
         clusters,
         [row["name"] for row in clusters if row["id"] in rejected],
         int8,
+        reference_sentence(reference),
     )
 
 
@@ -140,8 +145,11 @@ def _calibrate(run: Run, rejected: frozenset[int]) -> dict[str, Any]:
     settings = run.settings.calibration or NoveltySettings()
     calibration = set_calibration(run.model, run.parts, settings, rejected)
     promise = {"promised_frr": calibration.promised_frr} if run.parts.is_held_out else {}
+    learned = dict(run.info["novelty"])
+    if "bank" in learned:  # what else was tried stays in the run folder
+        learned["bank"] = {key: value for key, value in learned["bank"].items() if key != "choice"}
     return {
-        **run.info["novelty"],
+        **learned,
         **promise,
         "n_calib": calibration.parts,
         "groups": calibration.groups,
@@ -189,6 +197,11 @@ def _metadata(
                 "h": run.model.preprocess.height_px,
                 "w": run.model.preprocess.width_px,
             },
+            *(
+                []
+                if preprocess.local_contrast is None
+                else [{"op": "local_contrast", "share": preprocess.local_contrast}]
+            ),
             {"op": "normalise", "color": preprocess.color, **info["preprocess"]},
         ],
         "dkm.projection": {

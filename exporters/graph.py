@@ -18,6 +18,7 @@ Symbols: N frames, H x W pixels of the ROI, C h w the encoder's input, F feature
       | ReduceMin                    |                               |
     distance (N)                     '-Gather-> cluster_radius*[id]  |
                                                      | s = ||embedding - mean|| / radius  (N)
+      (bank: maps of inner layers (N,C_l,h_l,w_l) --trainer/bank--> novelty_map (N,h,w) --> patch_score (N); s = max(s, patch_score))
               calibration*, calibration_weight* --> p_value = (1 + sum w [c >= s]) / (1 + sum w)
               novelty_scale* --> novelty_score = s / scale --> is_novel = score > novelty_threshold*
 
@@ -29,6 +30,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from edge_dkm.contract import FEATURES, MAP, OUTPUTS, PATCH_OUTPUTS, PIXELS, TensorSpec
 from trainer import novelty
 from trainer.distance import DIRECT_LIMIT, squared_distances_matmul
 from trainer.model import ClusterModel
@@ -45,23 +47,45 @@ class FusedModel(nn.Module):
         # A constant of the base codebook: it stays when a station's codebook replaces the centroids.
         self.register_buffer("centre", model.centroids.detach().mean(0))
 
+    @property
+    def seams(self) -> tuple[str, ...]:
+        """Names of the inner tensors that `with_seams` gives first: where the encoder begins and ends."""
+        return (PIXELS, FEATURES, *(f"{MAP}{layer}" for layer in self._layers))
+
+    @property
+    def outputs(self) -> tuple[TensorSpec, ...]:
+        """What `forward` gives."""
+        return OUTPUTS if self.model.bank is None else OUTPUTS + PATCH_OUTPUTS
+
+    @property
+    def _layers(self) -> tuple[str, ...]:
+        return () if self.model.bank is None else self.model.bank.settings.layers
+
     def forward(self, image: Tensor, novelty_threshold: Tensor, *codebook: Tensor) -> tuple[Tensor, ...]:
-        return self.with_seams(image, novelty_threshold, *codebook)[2:]
+        return self.with_seams(image, novelty_threshold, *codebook)[len(self.seams) :]
 
     def with_seams(self, image: Tensor, novelty_threshold: Tensor, *codebook: Tensor) -> tuple[Tensor, ...]:
-        """`pixels` and `features` (N, F), between which the encoder lies, then the outputs of `forward`."""
+        """The `seams`, then the outputs of `forward`."""
         centroids, cluster_mean, cluster_radius, novelty_scale, calibration, calibration_weight = codebook
         model = self.model
         pixels = model.preprocess.geometry(image)  # (N, h, w, 3)
-        features = model.encoder(model.preprocess.normalise(pixels))  # (N, F)
+        features, maps = self._encode(model.preprocess.normalise(pixels))  # (N, F)
         embedding = model.projection(features)  # (N, D)
         distances = self._distances(model.projection.to_cluster_space(embedding), centroids)  # (N, K)
         distance, cluster_id = distances.min(1)
-        s = novelty.raw_score(novelty.novelty_distance(embedding, cluster_mean, cluster_id), cluster_radius, cluster_id)
+        patches = () if model.bank is None else model.bank(maps, cluster_id)
+        apart = novelty.novelty_distance(embedding, cluster_mean, cluster_id)
+        s = novelty.raw_score(apart, cluster_radius, cluster_id, *patches[:1])
         novelty_score = s / novelty_scale
         p_value = novelty.p_value(s, calibration, calibration_weight)
         is_novel = novelty_score > novelty_threshold
-        return pixels, features, cluster_id, distance, novelty_score, p_value, is_novel, distances, embedding
+        seams = (pixels, features, *maps.values())
+        return (*seams, cluster_id, distance, novelty_score, p_value, is_novel, distances, embedding, *patches)
+
+    def _encode(self, x: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        if self.model.bank is None:
+            return self.model.encoder(x), {}
+        return self.model.encoder.with_maps(x, self._layers)
 
     def _distances(self, z: Tensor, centroids: Tensor) -> Tensor:
         if self.model.centroids.numel() <= DIRECT_LIMIT:

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from onnx import TensorProto, helper
 from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
 
-from edge_dkm.contract import FEATURES, IMAGE, PIXELS
+from edge_dkm.contract import FEATURES, IMAGE, MAP, PIXELS
 from exporters.bias_correction import correct_biases, correct_features
 from exporters.errors import ExportError
 from exporters.nodes import consumers, copied, producer, prune, replace_nodes, required, seam
@@ -45,7 +45,7 @@ def quantize_encoder(proto: onnx.ModelProto, images: Sequence[OwnImage]) -> onnx
     graph = model.graph
     entry, features = _entry(graph), seam(graph, FEATURES)
     sample = list(_entry_values(model, entry, images[:SAMPLE]))
-    encoder = _cut_out(model, entry, features, sample[0].shape)
+    encoder = _cut_out(model, entry, [features, *maps_of(graph)], sample[0].shape)
     ranges = activation_ranges(encoder, sample, _entry_values(model, entry, images[SAMPLE:]))
     if _takes_bytes(graph, entry):
         ranges[entry] = Range(0.0, 255.0)  # a step of 1: bytes lose nothing
@@ -73,9 +73,14 @@ def _entry(graph: onnx.GraphProto) -> str:
         tensor = found[0].output[0]
 
 
-def _cut_out(model: onnx.ModelProto, entry: str, features: str, shape: tuple[int, ...]) -> onnx.ModelProto:
-    """The nodes between the two tensors as a model of its own; `shape` is that of `entry` for one frame."""
-    needed, nodes = {features}, []
+def maps_of(graph: onnx.GraphProto) -> list[str]:
+    """The inner tensors that a bank looks at: as outputs of the encoder they keep their names, and are quantised like its other tensors."""
+    return [name for node in graph.node for name in node.output if name.startswith(MAP)]
+
+
+def _cut_out(model: onnx.ModelProto, entry: str, ends: Sequence[str], shape: tuple[int, ...]) -> onnx.ModelProto:
+    """The nodes between `entry` and `ends` as a model of its own; `shape` is that of `entry` for one frame."""
+    needed, nodes = set(ends), []
     for node in reversed(model.graph.node):
         if any(name in needed for name in node.output) and entry not in node.output:
             nodes.append(node)
@@ -84,7 +89,7 @@ def _cut_out(model: onnx.ModelProto, entry: str, features: str, shape: tuple[int
         list(reversed(nodes)),
         "encoder",
         [helper.make_tensor_value_info(entry, TensorProto.FLOAT, ["N", *shape[1:]])],
-        [helper.make_tensor_value_info(features, TensorProto.FLOAT, None)],
+        [helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in ends],
         [tensor for tensor in model.graph.initializer if tensor.name in needed],
     )
     return helper.make_model(graph, ir_version=model.ir_version, opset_imports=list(model.opset_import))

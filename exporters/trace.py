@@ -19,14 +19,11 @@ from torch import Tensor, nn
 
 from edge_dkm.contract import (
     CODEBOOK,
-    FEATURES,
     IMAGE,
     INPUT,
     IR_VERSION,
     OPSET,
-    OUTPUTS,
     OVERRIDABLE,
-    PIXELS,
     TensorSpec,
 )
 from exporters.downscaling import speed_up_downscaling
@@ -75,7 +72,7 @@ def trace(fused: FusedModel, frame: tuple[int, int] | None) -> onnx.ModelProto:
             opset_version=OPSET,
             verbose=False,
             input_names=[IMAGE, *values],
-            output_names=[PIXELS, FEATURES, *(spec.name for spec in OUTPUTS)],
+            output_names=[*fused.seams, *(spec.name for spec in fused.outputs)],
             dynamic_shapes=(
                 axes,
                 {},
@@ -85,7 +82,7 @@ def trace(fused: FusedModel, frame: tuple[int, int] | None) -> onnx.ModelProto:
     if program is None:
         raise ExportError("PyTorch's exporter returned nothing for this model")
     proto = program.model_proto
-    _rewrite_interface(proto.graph, {name: value.detach().cpu().numpy() for name, value in values.items()}, frame)
+    _rewrite_interface(proto.graph, fused, frame)
     proto.ir_version = IR_VERSION
     prune(proto.graph)
     fold_normalisation(proto.graph)
@@ -95,8 +92,9 @@ def trace(fused: FusedModel, frame: tuple[int, int] | None) -> onnx.ModelProto:
     return proto
 
 
-def _rewrite_interface(graph: onnx.GraphProto, values: dict[str, np.ndarray], frame: tuple[int, int] | None) -> None:
+def _rewrite_interface(graph: onnx.GraphProto, fused: FusedModel, frame: tuple[int, int] | None) -> None:
     """Names the axes, and gives every overridable input its initialiser."""
+    values = {name: value.detach().cpu().numpy() for name, value in fused.overridable().items()}
     sizes: dict[str, int] = {"K": values["centroids"].shape[0], "D": values["centroids"].shape[1]}
     if frame:
         sizes |= {"H": frame[0], "W": frame[1]}
@@ -114,7 +112,7 @@ def _rewrite_interface(graph: onnx.GraphProto, values: dict[str, np.ndarray], fr
         )
     del graph.input[:], graph.output[:], graph.value_info[:]
     graph.input.extend(value_info(spec) for spec in (INPUT, *OVERRIDABLE))
-    graph.output.extend(value_info(spec) for spec in OUTPUTS)
+    graph.output.extend(value_info(spec) for spec in fused.outputs)
     graph.name = "edge_dkm"
 
 

@@ -11,7 +11,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from edge_dkm.contract import OUTPUTS
 from edge_dkm.golden import BLACK, PART, WHITE, Golden
 from edge_dkm.inspector import Inspector, Outputs
 from exporters.errors import ExportError
@@ -94,10 +93,10 @@ def check_parity(inspector: Inspector, fused: FusedModel, images: list[Image]) -
     images = _with_other_sizes(inspector, images)
     worst_score = worst_distance = 0.0
     for n, image in enumerate(images):
-        actual = inspector.run(image[None], [s.name for s in OUTPUTS], overrides={})
+        actual = inspector.run(image[None], [s.name for s in fused.outputs], overrides={})
         with torch.inference_mode():
             values = fused(torch.from_numpy(image)[None], *fused.overridable().values())
-        expected: Outputs = {s.name: value.cpu().numpy() for s, value in zip(OUTPUTS, values, strict=True)}
+        expected: Outputs = {s.name: value.cpu().numpy() for s, value in zip(fused.outputs, values, strict=True)}
         score, distance = _compare(n, actual, expected)
         worst_score, worst_distance = max(worst_score, score), max(worst_distance, distance)
     return Parity(len(images), worst_score, worst_distance)
@@ -118,7 +117,9 @@ def check_runs(inspector: Inspector, images: list[Image]) -> None:
     spec = inspector.metadata.input
     usable = [image for image in images if spec.h is None or image.shape[:2] == (spec.h, spec.w)]
     for n, image in enumerate(_with_other_sizes(inspector, usable)):
-        for name, value in inspector.run(image[None], [s.name for s in OUTPUTS], overrides={}).items():
+        for name, value in inspector.run(
+            image[None], [s.name for s in inspector.metadata.outputs], overrides={}
+        ).items():
             if not np.isfinite(value.astype(np.float64)).all():
                 raise ExportError(f"output {name} of image {n} is not finite: {value.ravel()[:4]}")
 
@@ -147,6 +148,15 @@ def _compare(n: int, actual: Outputs, expected: Outputs) -> tuple[float, float]:
         if decisive:
             raise ExportError(f"image {n} is cluster {actual_id} in onnxruntime, {expected_id} in PyTorch")
         return 0.0, distance_gap
+    if "novelty_map" in expected:
+        wanted_map = expected["novelty_map"].astype(np.float64)
+        map_gap = float(
+            (np.abs(actual["novelty_map"].astype(np.float64) - wanted_map) / np.maximum(1.0, wanted_map)).max()
+        )
+        if map_gap > TOLERANCE:
+            raise ExportError(
+                f"novelty_map of image {n} differs by {map_gap:.2g} between onnxruntime and PyTorch, expected at most {TOLERANCE:g}"
+            )
     score, wanted = float(actual["novelty_score"][0]), float(expected["novelty_score"][0])
     score_gap = abs(score - wanted) / max(1.0, abs(wanted))
     if score_gap > TOLERANCE:

@@ -19,6 +19,14 @@ novelty: {{target_frr: 0.1}}
 train: {{batch_size: 16, device: cpu}}
 """
 
+BANK = "{target_frr: 0.1, bank: {layers: [conv1, conv2], dim: 12, size: 32, max_cost: 10}}"
+
+
+def with_bank(text: str, novelty: str = BANK) -> str:
+    """Settings like TINY's with a convolutional encoder, whose maps a bank looks at."""
+    conv = text.replace("{name: mlp, hidden: [32], dim: 8}", "{name: conv, channels: [8, 16, 16], dim: 8}")
+    return conv.replace("{target_frr: 0.1}", novelty)
+
 
 @pytest.fixture(scope="session")
 def image_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -67,3 +75,26 @@ def copied_model(tiny_model_path: Path, tmp_path: Path) -> Path:
     for path in tiny_model_path.parent.glob("part.onnx*"):
         shutil.copy(path, tmp_path / path.name)
     return tmp_path / "part.onnx"
+
+
+@pytest.fixture(scope="session")
+def bank_run_folder(tmp_path_factory: pytest.TempPathFactory, tiny_settings_text: str) -> Path:
+    """A complete run whose novelty looks at patches too; do not write into it."""
+    from configs import load_text
+    from trainer import FitOptions, fit
+    from trainer.settings import TrainSettings
+
+    folder = tmp_path_factory.mktemp("runs") / "bank"
+    fit(load_text(TrainSettings, with_bank(tiny_settings_text), "bank.yaml"), FitOptions(out=folder))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def bank_model_path(tmp_path_factory: pytest.TempPathFactory, bank_run_folder: Path) -> Path:
+    """part.onnx of that run, with what belongs to it; do not write into its folder."""
+    from exporters.export import export_run
+    from trainer import load_run
+
+    path = tmp_path_factory.mktemp("bank_model") / "part.onnx"
+    export_run(load_run(bank_run_folder), path)
+    return path

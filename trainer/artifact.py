@@ -1,7 +1,7 @@
 """The run folder: written by fit, read by everything after it (predict, evaluate, report, export). Nothing in it is pickled.
 
 config.yaml          resolved settings             encoder.safetensors    encoder, pixel mean and std
-model.json           what was learned from what    codebook.safetensors   projection, centroids, radii, calibration parts
+model.json           what was learned from what    codebook.safetensors   projection, centroids, radii, calibration parts, bank
 labels.yaml          names and verdicts, editable  metrics.jsonl          one line per epoch, then the result
 assignments.csv      one line per image            report.html            one file, offline
 autoencoder.safetensors    encoder and decoder as pre-training left them, where there was some
@@ -27,6 +27,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from configs import ConfigError, Settings, load_settings
+from trainer.bank.bank import Bank
+from trainer.bank.settings import BankSettings
 from trainer.codebook import CalibrationParts, set_calibration
 from trainer.encoders import ENCODERS
 from trainer.errors import ArtifactError
@@ -38,6 +40,7 @@ from trainer.settings import TrainSettings
 from trainer.whole_file import save_tensors, write_whole
 
 SCHEMA = "dkm.run/1"
+BANK = "bank."  # in front of its tensors
 METRICS, COLLAPSED = (
     "metrics.jsonl",
     "collapsed",
@@ -115,6 +118,8 @@ def save_run(run: Run, folder: Path, assignments: Sequence[Sequence[object]]) ->
         "calibration_cluster": torch.from_numpy(run.parts.cluster),
         "calibration_group": torch.from_numpy(run.parts.group),
     }
+    if model.bank is not None:
+        codebook |= _tensors(model.bank, BANK)
     save_tensors(folder / "codebook.safetensors", codebook)
     with (folder / "assignments.csv").open("w", newline="", encoding="utf-8") as file:
         csv.writer(file).writerows([ASSIGNMENT_COLUMNS, *assignments])
@@ -151,6 +156,9 @@ def load_run(path: str | Path, device: str = "cpu") -> Run:
         size = (info["input"]["height_px"], info["input"]["width_px"])
         model = build_model(settings, size, info["train"]["n_train"], len(codebook["centroids"]))
         _load_tensors(model, encoder, codebook)
+        if "bank" in info["novelty"]:
+            bank = BankSettings.model_validate(info["novelty"]["bank"]["settings"])
+            model.bank = Bank.of(bank, {k.removeprefix(BANK): v for k, v in codebook.items() if k.startswith(BANK)})
     except (OSError, ValueError, KeyError, TypeError, SafetensorError, RuntimeError) as error:
         if isinstance(error, ConfigError):
             raise

@@ -17,7 +17,7 @@ from torch import Tensor
 from trainer import novelty
 from trainer.clustering.kmeans import cluster_means
 from trainer.errors import DataError
-from trainer.model import ClusterModel
+from trainer.model import ClusterModel, Seen
 from trainer.novelty import Calibration, NoveltySettings
 
 
@@ -33,10 +33,15 @@ class CalibrationParts:
 
 @dataclass(frozen=True)
 class Embedded:
-    """Embeddings before L2 (N, D) and group numbers (N,) of one part of the split."""
+    """What the model makes of the images of one part of the split, and their group numbers (N,)."""
 
-    z: Tensor
+    seen: Seen
     groups: NDArray[np.int64]
+
+    @property
+    def z(self) -> Tensor:
+        """Embeddings before L2 (N, D)."""
+        return self.seen.z
 
 
 def finish(
@@ -54,8 +59,7 @@ def finish(
         novelty.radii(novelty.novelty_distance(of_radius.z, means, radius_ids), radius_ids, model.n_clusters)
     )
     scored = calibration or train
-    scored_ids, _ = model.assign(scored.z)
-    s = novelty.raw_score(novelty.novelty_distance(scored.z, means, scored_ids), model.cluster_radius, scored_ids)
+    s, scored_ids = model.raw_scores(scored.seen)
     return CalibrationParts(
         s.cpu().numpy().astype(np.float32), scored_ids.cpu().numpy(), scored.groups, calibration is not None
     )
@@ -93,12 +97,8 @@ def cluster_table(
 
     The quantiles are of held-out parts where the cluster has some, else of its training members.
     """
-    ids, _ = model.assign(train.z)
-    scores = (
-        novelty.raw_score(novelty.novelty_distance(train.z, model.cluster_mean, ids), model.cluster_radius, ids)
-        .cpu()
-        .numpy()
-    )
+    of_train, ids = model.raw_scores(train.seen)
+    scores = of_train.cpu().numpy()
     members = ids.cpu().numpy()
     rows = []
     for k in range(model.n_clusters):

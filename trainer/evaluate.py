@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from sklearn.metrics import roc_auc_score
 
@@ -143,9 +142,9 @@ def evaluate(run: Run, path: str, progress: Reader = iter) -> Evaluation:
 
 
 def _apply(model: ClusterModel, dataset: Dataset) -> tuple[NDArray[np.int64], NDArray[np.float32], NDArray[np.float32]]:
-    z: torch.Tensor = model.embed_dataset(dataset.pixels)
-    ids, distance = model.assign(z)
-    return ids.cpu().numpy(), distance.cpu().numpy(), model.novelty_scores(z).cpu().numpy()
+    seen = model.see(dataset.pixels)
+    ids, distance = model.assign(seen.z)
+    return ids.cpu().numpy(), distance.cpu().numpy(), model.novelty_scores(seen).cpu().numpy()
 
 
 def sort_into(rows: list[Prediction], source: Path, folder: Path) -> tuple[int, int]:

@@ -8,7 +8,7 @@ import hashlib
 import json
 import shutil
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -20,6 +20,7 @@ from torch import nn
 from configs import Sources, find, load_settings
 from trainer.artifact import COLLAPSED, METRICS, Run, build_model, save_run, write_config
 from trainer.autoencoder import Recipe, SharedAutoencoder
+from trainer.bank.fitting import equip
 from trainer.checkpoint import NAME, Position, load_checkpoint
 from trainer.codebook import Embedded, cluster_table, finish, set_calibration
 from trainer.data import Dataset, load_dataset
@@ -30,6 +31,7 @@ from trainer.images import open_images
 from trainer.learner import SCRATCH, Learner, LearnerOptions, Supervision
 from trainer.loop import Loop, append_metrics
 from trainer.methods import METHODS, Method
+from trainer.model import Seen
 from trainer.novelty import NoveltySettings
 from trainer.progress import Progress, Silent
 from trainer.provenance import Outcome, describe
@@ -37,6 +39,7 @@ from trainer.report import write_report
 from trainer.settings import TrainSettings
 from trainer.splits import Split, split_all_train, split_by_group
 from trainer.stage import OptimizerSettings, Stage
+from trainer.suspects import suspects, write_suspects
 
 
 @dataclass(frozen=True)
@@ -80,7 +83,9 @@ def fit(config: str | Path | TrainSettings, options: FitOptions | None = None) -
         except CollapseError as error:
             append_metrics(folder, {"stage": COLLAPSED, "guard": error.guard, "why": str(error)})
             raise
-        run, outcome = _finish(settings, method, frozen, (dataset, split))
+        run, outcome = _finish(settings, method, frozen, (dataset, split), options.progress.say)
+        options.progress.say("looking for suspects among the training images")
+        _write_suspects(outcome, folder)
     run.metrics |= method.figures()  # the same dictionary as run.info["metrics"]
     run.info["train"] |= {"warnings": method.warnings(), "refusal": method.refusal()}
     shutil.rmtree(folder / SCRATCH, ignore_errors=True)
@@ -178,24 +183,40 @@ def _write_review(rows: Sequence[tuple[int, str]], outcome: Outcome, path: Path)
             csv.writer(file).writerows([("file", "reason"), *((names[train[n]], reason) for n, reason in rows)])
 
 
+def _write_suspects(outcome: Outcome, folder: Path) -> None:
+    """suspects.csv: what lies far from all parts of other groups, among those that are called good."""
+    dataset, train = outcome.dataset, outcome.split.train
+    index = train[dataset.good[train]]
+    found = suspects(outcome.z[index], dataset.groups[index], outcome.ids[index])
+    write_suspects(folder, [dataset.names[n] for n in index], found)
+
+
 def _finish(
-    settings: TrainSettings, method: Method, frozen: torch.Tensor | None, data: tuple[Dataset, Split]
+    settings: TrainSettings,
+    method: Method,
+    frozen: torch.Tensor | None,
+    data: tuple[Dataset, Split],
+    say: Callable[[str], None],
 ) -> tuple[Run, Outcome]:
     dataset, split = data
     model = method.learner.model.eval()
-    z = model.embed_dataset(dataset.pixels) if frozen is None else model.embed_frozen(frozen)
+    seen = Seen(model.embed_dataset(dataset.pixels) if frozen is None else model.embed_frozen(frozen))
+    bank = equip(model, settings, (dataset, split), seen, say)
+    if model.bank is not None:
+        seen = model.see(dataset.pixels)
 
     def embedded(index: NDArray[np.int64]) -> Embedded:
-        return Embedded(z[torch.from_numpy(index).to(z.device)], dataset.groups[index])
+        return Embedded(seen.take(torch.from_numpy(index).to(seen.z.device)), dataset.groups[index])
 
     train = embedded(split.train)
     held_out = [embedded(index) if len(index) else None for index in (split.radius, split.calibration)]
     parts = finish(model, train, *held_out)
     calibration = set_calibration(model, parts, settings.calibration or NoveltySettings())
-    outcome = Outcome.of(model, dataset, split, z)
+    outcome = Outcome.of(model, dataset, split, seen)
     info = describe(
         settings, model, outcome, parts, calibration, cluster_table(model, train, parts, method.cluster_names())
     )
+    info["novelty"] |= bank
     return Run(None, settings, model, parts, info, info["metrics"]), outcome
 
 

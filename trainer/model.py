@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -11,12 +12,26 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from trainer import novelty
+from trainer.bank.bank import Bank
 from trainer.distance import nearest
 from trainer.encoders.base import Encoder
 from trainer.preprocess import Preprocess
 from trainer.projection import Projection
 
 PREDICT_BATCH = 256
+BANK_BATCH = 16  # images whose distances to all centres of a bank are held at once
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What the model makes of N images: embeddings `z` (N, D) before any L2 and, with a bank, `patch_score` (N,)."""
+
+    z: Tensor
+    patch_score: Tensor | None = None
+
+    def take(self, index: Tensor) -> Seen:
+        """Of some of the images."""
+        return Seen(self.z[index], None if self.patch_score is None else self.patch_score[index])
 
 
 @contextlib.contextmanager
@@ -34,7 +49,7 @@ class ClusterModel(nn.Module):
     """K clusters in a D-dimensional embedding.
 
     `centroids` (K, D) live in cluster space (after the optional L2), `cluster_mean` (K, D) before it. `cluster_radius` (K,),
-    `novelty_scale` (1,), `calibration` and `calibration_weight` (M,) are set by novelty.calibrate.
+    `novelty_scale` (1,), `calibration` and `calibration_weight` (M,) are set by novelty.calibrate. `bank`: where novelty looks at patches too.
     """
 
     centroids: nn.Parameter
@@ -53,6 +68,7 @@ class ClusterModel(nn.Module):
         self.register_buffer("novelty_scale", torch.ones(1))
         self.register_buffer("calibration", torch.zeros(1))
         self.register_buffer("calibration_weight", torch.ones(1))
+        self.bank: Bank | None = None
 
     @property
     def n_clusters(self) -> int:
@@ -81,6 +97,31 @@ class ClusterModel(nn.Module):
             return torch.cat([self.embed_pixels(part.to(device)) for part in pixels.split(batch)])
 
     @torch.no_grad()
+    def see(self, pixels: Tensor, batch: int = PREDICT_BATCH) -> Seen:
+        """What novelty is judged by, of a data set's pixels that went through `preprocess.geometry`; in eval mode, on the model's device."""
+        if self.bank is None:
+            return Seen(self.embed_dataset(pixels, batch))
+        embeddings, scores = [], []
+        with evaluating(self):
+            for part in pixels.split(min(batch, BANK_BATCH)):
+                x = self.preprocess.normalise(part.to(self.centroids.device))
+                features, maps = self.encoder.with_maps(x, self.bank.settings.layers)
+                z = self.projection(features)
+                embeddings.append(z)
+                scores.append(self.bank(maps, self.assign(z)[0])[0])
+        return Seen(torch.cat(embeddings), torch.cat(scores))
+
+    @torch.no_grad()
+    def novelty_map(self, pixels: Tensor) -> Tensor:
+        """novelty_map (B, h, w) of a few images' pixels; a model without a bank has none."""
+        if self.bank is None:
+            raise ValueError("this model has no bank, so no novelty_map; set novelty.bank")
+        with evaluating(self):
+            x = self.preprocess.normalise(pixels.to(self.centroids.device))
+            features, maps = self.encoder.with_maps(x, self.bank.settings.layers)
+            return self.bank(maps, self.assign(self.projection(features))[0])[1]
+
+    @torch.no_grad()
     def embed_frozen(self, features: Tensor) -> Tensor:
         """Embeddings (N, D) from the outputs (N, F) of the encoder's frozen part, in eval mode."""
         with evaluating(self):
@@ -94,11 +135,16 @@ class ClusterModel(nn.Module):
         return ids, d2.sqrt()
 
     @torch.no_grad()
-    def novelty_scores(self, z: Tensor) -> Tensor:
-        """novelty_score (N,) of embeddings z (N, D); 1.0 is the edge at the target rate."""
-        ids, _ = self.assign(z)
-        raw = novelty.raw_score(novelty.novelty_distance(z, self.cluster_mean, ids), self.cluster_radius, ids)
-        return raw / self.novelty_scale
+    def raw_scores(self, seen: Seen) -> tuple[Tensor, Tensor]:
+        """Raw scores s (N,) and cluster ids (N,)."""
+        ids, _ = self.assign(seen.z)
+        distance = novelty.novelty_distance(seen.z, self.cluster_mean, ids)
+        return novelty.raw_score(distance, self.cluster_radius, ids, seen.patch_score), ids
+
+    @torch.no_grad()
+    def novelty_scores(self, seen: Seen) -> Tensor:
+        """novelty_score (N,); 1.0 is the edge at the target rate."""
+        return self.raw_scores(seen)[0] / self.novelty_scale
 
     def transform(self, images: Iterable[NDArray[np.uint8]]) -> NDArray[np.float32]:
         """Embeddings (N, D) of images (H, W, 3) uint8 BGR of any size (also one array (N, H, W, 3))."""

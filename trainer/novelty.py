@@ -1,7 +1,7 @@
 """The one definition of novelty: raw score, calibration to a target false-reject rate, p-value. Exported as it stands here.
 
     novelty distance = ||z - cluster_mean[nearest]||        before any L2
-    raw score s      = novelty distance / radius[nearest]
+    raw score s      = novelty distance / radius[nearest]       where there is a bank: max of that and patch_score
     novelty_score    = s / novelty_scale                    1.0 = the edge at the target rate, higher = stranger
 
 Parts of one group (several shots of one part, one lot) are not exchangeable, so a group counts once: each of its parts weighs
@@ -25,6 +25,7 @@ from pydantic import Field
 from torch import Tensor
 
 from configs import Settings
+from trainer.bank.settings import BankSettings
 from trainer.splits import Shares
 
 SHRINK_PARTS = 10  # a cluster's median radius counts as n parts against 10 parts of the pooled one
@@ -32,10 +33,14 @@ RADIUS_FLOOR = 1e-6  # all images of a cluster alike: a radius of 0 would divide
 
 
 class NoveltySettings(Settings):
-    """`target_frr`: the share of good parts that may be called novel. `unit: group` judges a group by its strangest part (stricter)."""
+    """`target_frr`: the share of good parts that may be called novel. `unit: group` judges a group by its strangest part (stricter).
+
+    `bank`: a bank of patches beside the embedding; `auto` lets fit choose one, on synthetic defects.
+    """
 
     target_frr: float = Field(0.01, gt=0, lt=1)
     unit: Literal["part", "group"] = "part"
+    bank: BankSettings | Literal["auto"] | None = None
     shares: Shares = Shares()
 
 
@@ -44,9 +49,10 @@ def novelty_distance(z: Tensor, cluster_mean: Tensor, ids: Tensor) -> Tensor:
     return torch.linalg.vector_norm(z - cluster_mean.index_select(0, ids), dim=-1)
 
 
-def raw_score(distance: Tensor, cluster_radius: Tensor, ids: Tensor) -> Tensor:
-    """S (B,): the novelty distance in radii of the cluster. A patch bank's score will join here by a maximum."""
-    return distance / cluster_radius.index_select(0, ids)
+def raw_score(distance: Tensor, cluster_radius: Tensor, ids: Tensor, patch_score: Tensor | None = None) -> Tensor:
+    """S (B,): the novelty distance in radii of the cluster, or the bank's `patch_score` (B,) where that is higher."""
+    s = distance / cluster_radius.index_select(0, ids)
+    return s if patch_score is None else torch.maximum(s, patch_score)
 
 
 def p_value(s: Tensor, calibration: Tensor, weight: Tensor) -> Tensor:

@@ -5,6 +5,7 @@ uint8 and equals onnxruntime CPU's Resize bit for bit (tests/trainer/test_prepro
 
     image uint8 (N,H,W,3) BGR --crop--> Resize (uint8, NHWC) --Pad--> Transpose, Cast -> [grey] -> (x - mean) / std -> (N,C,h,w)
 
+`local_contrast` shows the encoder each pixel relative to what is around it, in grey (trainer/local_contrast.py).
 `resize: matmul` is for providers without an antialiased Resize: Cast, then two constant matrix products (fixed H, W only).
 """
 
@@ -20,10 +21,10 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from configs import Settings
+from trainer.local_contrast import GREY_OF_BGR, local_contrast
 
 MAX_ALIAS_STEP = 1.5  # down-scaling beyond this without antialias folds texture into false patterns
 FIXED_POINT_BITS = 22  # of the antialiased filter's weights, in Pillow and onnxruntime
-GREY_OF_BGR = (0.114, 0.587, 0.299)  # ITU-R BT.601
 
 
 class PreprocessSettings(Settings):
@@ -37,6 +38,9 @@ class PreprocessSettings(Settings):
     alias: Literal["refuse", "allow"] = "refuse"
     color: Literal["bgr", "gray"] = "bgr"
     normalise: Literal["mean_std", "rms", "unit", "imagenet"] = "mean_std"
+    local_contrast: float | None = Field(
+        None, ge=0, le=1, description="contrast to the neighbourhood (1), to the whole image (0), or so much of each"
+    )
 
 
 class AliasError(ValueError):
@@ -90,6 +94,8 @@ class Preprocess(nn.Module):
             x = (x * x.new_tensor(GREY_OF_BGR)[:, None, None]).sum(1, keepdim=True)
         elif self.settings.color == "bgr" and x.shape[1] == 1:
             x = x.expand(-1, 3, -1, -1)
+        if self.settings.local_contrast is not None:
+            x = local_contrast(x, self.settings.local_contrast)
         return (x - self.mean[:, None, None]) / self.std[:, None, None]
 
     def fit_normalise(self, pixels: Tensor) -> None:

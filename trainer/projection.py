@@ -21,6 +21,7 @@ from configs import Settings
 from trainer.clustering.kmeans import KMeansOptions, cluster_means, kmeans
 
 WITHIN_ROUNDS = 10
+TALL = 20_000  # rows from which on the covariance is taken apart instead: minutes less, and variances count down to 1e-5 only
 RELATIVE_FLOOR = 1e-5  # directions below this share of the largest variance are numerical noise, and would be magnified
 L2_FLOOR = 1e-12
 ABSOLUTE_FLOOR = 1e-12  # all images alike: no variance at all
@@ -71,14 +72,21 @@ class Projection(nn.Module):
         if settings.kind == "none":
             return
         x = (_signed_sqrt(features) if settings.sqrt else features).double()
-        mean = x.mean(0)
-        directions, variance = _principal(x - mean, self.out_dim)
         if settings.kind == "pca":
-            weight = directions / _floored(variance).pow(settings.whiten)[:, None]
+            mean, weight = principal_whitening(x, self.out_dim, settings.whiten)
         else:
+            mean = x.mean(0)
+            directions, variance = _principal(x - mean, self.out_dim)
             weight = _within_whitening((x - mean) @ directions.T, variance, n_clusters, seed) @ directions
         self.mean.copy_(mean)
         self.weight.copy_(weight)
+
+
+def principal_whitening(x: Tensor, dim: int, whiten: float) -> tuple[Tensor, Tensor]:
+    """Mean (F,) and map (d, F) of rows x (N, F), double: the first `dim` principal directions, each divided by variance^whiten."""
+    mean = x.mean(0)
+    directions, variance = _principal(x - mean, dim)
+    return mean, directions / _floored(variance).pow(whiten)[:, None]
 
 
 def _signed_sqrt(x: Tensor) -> Tensor:
@@ -87,8 +95,12 @@ def _signed_sqrt(x: Tensor) -> Tensor:
 
 def _principal(centred: Tensor, dim: int) -> tuple[Tensor, Tensor]:
     """The first `dim` principal directions (d, F) with fixed signs, and their variances (d,)."""
-    _, singular, directions = torch.linalg.svd(centred, full_matrices=False)
-    directions, variance = directions[:dim], singular[:dim].square() / len(centred)
+    if len(centred) > TALL:
+        values, vectors = torch.linalg.eigh(centred.T @ centred / len(centred))
+        directions, variance = vectors.T.flip(0)[:dim], values.flip(0)[:dim].clamp_min(0)
+    else:
+        _, singular, directions = torch.linalg.svd(centred, full_matrices=False)
+        directions, variance = directions[:dim], singular[:dim].square() / len(centred)
     # A singular vector's sign is arbitrary; a fixed one keeps equal seeds equal.
     signs = torch.sign(directions.gather(1, directions.abs().argmax(1, keepdim=True)))
     return directions * signs, variance

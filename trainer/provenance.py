@@ -12,13 +12,12 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from torch import Tensor
 
 from trainer import metric
 from trainer.artifact import SCHEMA
 from trainer.codebook import CalibrationParts
 from trainer.data import Dataset, has_known_good
-from trainer.model import ClusterModel
+from trainer.model import ClusterModel, Seen
 from trainer.novelty import Calibration, groups_needed
 from trainer.settings import TrainSettings
 from trainer.splits import Split
@@ -38,10 +37,10 @@ class Outcome:
     novelty_score: NDArray[np.float32]
 
     @classmethod
-    def of(cls, model: ClusterModel, dataset: Dataset, split: Split, z: Tensor) -> Outcome:
-        """Assigns and scores embeddings z (N, D) of the whole data set; the model is calibrated."""
-        ids, distance = model.assign(z)
-        return cls(dataset, split, *(t.cpu().numpy() for t in (z, ids, distance, model.novelty_scores(z))))
+    def of(cls, model: ClusterModel, dataset: Dataset, split: Split, seen: Seen) -> Outcome:
+        """Assigns and scores what was seen of the whole data set; the model is calibrated."""
+        ids, distance = model.assign(seen.z)
+        return cls(dataset, split, *(t.cpu().numpy() for t in (seen.z, ids, distance, model.novelty_scores(seen))))
 
     def assignments(self) -> list[list[object]]:
         """One row per image: file, split, label, cluster, distance, novelty_score."""

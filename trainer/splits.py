@@ -15,6 +15,9 @@ from trainer.errors import DataError
 Index = NDArray[np.int64]
 
 
+LARGE_GROUP = 0.1  # of the good parts: to calibrate it counts as one group, to learn from it is worth its parts
+
+
 class Shares(Settings):
     """Shares of the groups of good parts."""
 
@@ -52,7 +55,7 @@ def split_all_train(dataset: Dataset) -> Split:
 
 
 def split_by_group(dataset: Dataset, shares: Shares, seed: int) -> Split:
-    """Deals the groups that hold good parts to the three splits at random.
+    """Deals the groups that hold good parts to the three splits at random; one that holds more than LARGE_GROUP of them trains.
 
     Raises:
         DataError: fewer than three such groups.
@@ -63,7 +66,7 @@ def split_by_group(dataset: Dataset, shares: Shares, seed: int) -> Split:
             f"{len(groups)} group(s) of good parts cannot be split into train, radius and calibration, expected at least 3; "
             f"add images of other parts, or set novelty: none"
         )
-    order = np.random.default_rng((seed, 7)).permutation(groups)
+    order = _large_first(np.random.default_rng((seed, 7)).permutation(groups), dataset)
     n_radius = max(1, round(shares.radius * len(groups)))
     n_calibration = max(1, round(shares.calibration * len(groups)))
     n_train = max(1, len(groups) - n_radius - n_calibration)
@@ -76,3 +79,10 @@ def split_by_group(dataset: Dataset, shares: Shares, seed: int) -> Split:
             for mask in (~held_out, of_radius & dataset.good, of_calibration & dataset.good, held_out & ~dataset.good)
         )
     )
+
+
+def _large_first(order: Index, dataset: Dataset) -> Index:
+    """The groups with those in front that hold more than LARGE_GROUP of the good parts; the others as they were."""
+    counts = np.bincount(dataset.groups[dataset.good])
+    is_large = counts[order] > LARGE_GROUP * counts.sum()
+    return np.concatenate([order[is_large], order[~is_large]]) if len(order) > 1 / LARGE_GROUP else order

@@ -30,7 +30,7 @@ KINDS, CENTRE_SIGMA = 6, 0.15  # of the side
 def centre_features(encoder: PretrainedEncoder, inputs: Tensor) -> Tensor:
     """(B, F): means of each layer's map, weighted by a Gaussian around the image's centre."""
     found = []
-    for layer in encoder.trunk(inputs):
+    for layer in encoder.trunk.maps(inputs, encoder.trunk.layers).values():
         height, width = layer.shape[2:]
         y, x = (torch.linspace(-0.5, 0.5, size) for size in (height, width))
         weight = torch.exp(-(y[:, None].square() + x.square()) / (2 * CENTRE_SIGMA**2))

@@ -1,20 +1,19 @@
 """mvtec_bottle_225, trained on train/good alone: image AUROC, false rejects of test/good, defects flagged at 5 % target.
 
-The interval for test/good is the central 95 % of BetaBinomial(20, n + 1 - k, k): the share of new good parts above the k-th of n
-calibration scores is Beta distributed (k = ceil((1 - alpha)(n + 1))). The seeds share the 20 test images, so their
-counts rise and fall together. Neighbours of the shipped recipe can be shown beside it (`--recipes`).
+The interval for test/good is that of `interval.py`. The seeds share the 20 test images, so their counts rise and fall together. Neighbours
+of the shipped recipe can be shown beside it (`--recipes`); `bank` adds a bank of patches to it.
+
+python -m benchmarks.novelty.bottle [--seeds N] [--recipes shipped bank]
 """
 
 from __future__ import annotations
 
 import argparse
-import math
 import tempfile
 import time
 from pathlib import Path
 
-from scipy.stats import betabinom
-
+from benchmarks.novelty.interval import false_reject_interval
 from benchmarks.table import WEIGHTS, real_set, show_table, spread
 from trainer import FitOptions, fit
 from trainer.evaluate import Evaluation, evaluate
@@ -25,6 +24,7 @@ RECIPES = {
     "K 8": ("method.n_clusters=8",),
     "fire4 too": ("encoder.layers=[fire4, fire8, fire9]",),
     "full whitening": ("projection.whiten=0.5",),
+    "bank": ("novelty.bank={layers: [fire8, fire9], learn: kmeans, size: 512, reduce: max}",),
 }
 
 
@@ -37,13 +37,6 @@ def measure(overrides: tuple[str, ...], seed: int) -> tuple[Evaluation, int, flo
         run = fit("bottle_ae_kmeans", FitOptions(Path(folder), overrides))
         seconds = time.monotonic() - started_s
         return evaluate(run, str(data / "test")), int(run.info["novelty"]["n_calib"]), seconds
-
-
-def false_reject_interval(calibration: int, test: int, target_frr: float) -> tuple[int, int]:
-    """The central 95 % for the number flagged among `test` new good parts."""
-    k = math.ceil((1 - target_frr) * (calibration + 1))
-    low, high = betabinom(test, calibration + 1 - k, k).interval(0.95)
-    return int(low), int(high)
 
 
 def main() -> None:

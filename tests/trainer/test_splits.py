@@ -57,3 +57,13 @@ def test_three_groups_are_enough() -> None:
 def test_shares_must_sum_to_one() -> None:
     with pytest.raises(ValueError, match=r"sum to 1\.1, expected 1"):
         Shares(train=0.7)
+
+
+def test_a_group_of_more_than_a_tenth_of_the_good_parts_is_learned_from_whatever_the_seed() -> None:
+    data = dataset([0] * 20 + list(range(1, 81)))
+    for seed in range(8):
+        split = split_by_group(data, Shares(), seed)
+        assert 0 in data.groups[split.train]
+        assert [len(np.unique(data.groups[i])) for i in (split.train, split.radius, split.calibration)] == [49, 8, 24]
+    ordinary = dataset([0] * 9 + list(range(1, 92)))
+    assert any(0 not in ordinary.groups[split_by_group(ordinary, Shares(), seed).train] for seed in range(8))

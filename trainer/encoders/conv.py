@@ -6,6 +6,7 @@ Differs from the paper: 'same' padding in all three layers, so that any height a
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import pairwise
 from typing import Literal
 
@@ -37,6 +38,7 @@ class ConvEncoder(Encoder):
 
     Settings = ConvSettings
     settings: ConvSettings
+    map_layers = ("conv1", "conv2", "conv3")
 
     def __init__(self, settings: ConvSettings, shape: Shape) -> None:
         super().__init__(settings, shape)
@@ -56,10 +58,15 @@ class ConvEncoder(Encoder):
         self.linear = nn.Linear(self.inner[0] * self.inner[1] * self.inner[2], settings.dim)
 
     def head(self, x: Tensor) -> Tensor:
+        return self.with_maps(x, ())[0]
+
+    def with_maps(self, x: Tensor, layers: Sequence[str]) -> tuple[Tensor, dict[str, Tensor]]:
+        self.check_layers(layers)
         x = self.front(x)
-        for layer, norm in zip((self.conv1, self.conv2, self.conv3), self.norms, strict=True):
-            x = torch.relu(norm(layer(x)))
-        return self.linear(x.flatten(1))
+        maps = {}
+        for name, norm in zip(self.map_layers, self.norms, strict=True):
+            x = maps[name] = torch.relu(norm(self.get_submodule(name)(x)))
+        return self.linear(x.flatten(1)), {name: maps[name] for name in layers}
 
     def build_decoder(self) -> nn.Module:
         return ConvDecoder(self.out_dim, self.inner, self.settings.channels[1::-1], self.shape)

@@ -7,6 +7,7 @@ first (signed square root, PCA with a whitening exponent, L2), which sets their 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
@@ -48,6 +49,7 @@ class FeatureMLPEncoder(MLPEncoder):
         super().__init__(MLPSettings(hidden=settings.hidden, dim=settings.dim), (projection.out_dim, 1, 1))
         self.settings = settings  # type: ignore[assignment]
         self.backbone, self.input = backbone, projection
+        self.map_layers = backbone.map_layers
         self.register_buffer("gain", torch.ones(()))
 
     def frozen(self, x: Tensor) -> Tensor:
@@ -55,6 +57,10 @@ class FeatureMLPEncoder(MLPEncoder):
 
     def stem(self, x: Tensor) -> Tensor:
         return (self.input.to_cluster_space(self.input(x)) * self.gain)[:, :, None, None]
+
+    def with_maps(self, x: Tensor, layers: Sequence[str]) -> tuple[Tensor, dict[str, Tensor]]:
+        features, maps = self.backbone.with_maps(x, layers)
+        return self.head(self.stem(features)), maps
 
     def train(self, mode: bool = True) -> FeatureMLPEncoder:
         super().train(mode)

@@ -6,6 +6,7 @@ timm is installed. Features are means (and standard deviations) over the image o
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
@@ -17,6 +18,7 @@ from trainer.encoders.weights import load_weights, read_weights
 from trainer.errors import DataError
 
 STD_FLOOR = 1e-6
+TIMM_MAP = "last"
 # Position of each fire module in torchvision's `features`, and its output channels.
 FIRES = {
     "fire2": (3, 128),
@@ -79,18 +81,20 @@ class SqueezeNet(nn.Module):
             pool,
             Fire(512, 64, 256),
         )
-        self.wanted = {FIRES[layer][0] for layer in layers}
-        self.widths = [FIRES[layer][1] for layer in sorted(layers, key=lambda layer: FIRES[layer][0])]
+        self.layers = tuple(sorted(set(layers), key=lambda layer: FIRES[layer][0]))
+        self.widths = [FIRES[layer][1] for layer in self.layers]
 
-    def forward(self, x: Tensor) -> list[Tensor]:
-        maps = []
+    def maps(self, x: Tensor, layers: Sequence[str]) -> dict[str, Tensor]:
+        """The outputs of `layers`; what lies behind the deepest of them is not computed."""
+        names = {FIRES[layer][0]: layer for layer in layers}
+        found: dict[str, Tensor] = {}
         for n, layer in enumerate(self.features):
             x = layer(x)
-            if n in self.wanted:
-                maps.append(x)
-            if n == max(self.wanted):
+            if n in names:
+                found[names[n]] = x
+            if len(found) == len(names):
                 break
-        return maps
+        return found
 
     def load(self, path: str) -> None:
         """Weights with torchvision's key names."""
@@ -102,7 +106,7 @@ class TimmTrunk(nn.Module):
 
     def __init__(self, settings: PretrainedSettings, shape: Shape) -> None:
         super().__init__()
-        self.name = settings.model
+        self.name, self.layers = settings.model, (TIMM_MAP,)
         try:
             import timm
         except ImportError:
@@ -112,21 +116,22 @@ class TimmTrunk(nn.Module):
         try:
             self.network = timm.create_model(self.name.removeprefix("timm:"), pretrained=False, num_classes=0).eval()
             with torch.no_grad():
-                feature_map = self(torch.zeros(1, *shape))[0]
+                feature_map = self.maps(torch.zeros(1, *shape), self.layers)[TIMM_MAP]
         except (RuntimeError, ValueError, AssertionError) as error:
             raise DataError(
                 f"encoder.model is {self.name}, which timm cannot run on {shape[2]}x{shape[1]}: {' '.join(str(error).split())[:200]}"
             ) from None
         self.widths: list[int] = [feature_map.shape[1]]
 
-    def forward(self, x: Tensor) -> list[Tensor]:
+    def maps(self, x: Tensor, layers: Sequence[str]) -> dict[str, Tensor]:
+        """The final feature map, the only one there is."""
         rgb = x.flip(1) if x.shape[1] == 3 else x.expand(-1, 3, -1, -1)
         found = self.network.forward_features(rgb)
         if found.ndim == 3:  # tokens (B, n, F)
             found = found[:, getattr(self.network, "num_prefix_tokens", 0) :].transpose(1, 2)[..., None]
         elif found.shape[1] != self.network.num_features:  # (B, h, w, F)
             found = found.permute(0, 3, 1, 2)
-        return [found]
+        return {TIMM_MAP: found}
 
     def load(self, path: str) -> None:
         """Weights with timm's key names; the classifier's are left out."""
@@ -150,7 +155,9 @@ class PretrainedEncoder(Encoder):
         super().__init__(settings, shape)
         if settings.model.startswith("timm:"):
             self.trunk: TimmTrunk | SqueezeNet = TimmTrunk(settings, shape)
+            self.map_layers = self.trunk.layers
         else:
+            self.map_layers = tuple(FIRES)
             unknown = [layer for layer in settings.layers if layer not in FIRES]
             if unknown or not settings.layers:
                 raise DataError(
@@ -171,8 +178,15 @@ class PretrainedEncoder(Encoder):
     def head(self, x: Tensor) -> Tensor:
         return self._pooled(x) if self.is_trainable else x
 
+    def with_maps(self, x: Tensor, layers: Sequence[str]) -> tuple[Tensor, dict[str, Tensor]]:
+        self.check_layers(layers)
+        maps = self.trunk.maps(x, (*self.trunk.layers, *layers))
+        return self._pool([maps[layer] for layer in self.trunk.layers]), {layer: maps[layer] for layer in layers}
+
     def _pooled(self, x: Tensor) -> Tensor:
-        maps = self.trunk(x)
+        return self._pool(list(self.trunk.maps(x, self.trunk.layers).values()))
+
+    def _pool(self, maps: Sequence[Tensor]) -> Tensor:
         pooled = [m.mean((2, 3)) for m in maps]
         if self.settings.pool == "mean_std":
             # A constant map has variance 0: the root's gradient there is infinite without a floor.

@@ -6,6 +6,7 @@ its weights load from a safetensors file. Differs from the paper: no classifier;
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import pairwise
 from typing import Literal
 
@@ -62,6 +63,7 @@ class ResNetEncoder(Encoder):
 
     Settings = ResNetSettings
     settings: ResNetSettings
+    map_layers = ("layer1", "layer2", "layer3", "layer4")
 
     def __init__(self, settings: ResNetSettings, shape: Shape) -> None:
         super().__init__(settings, shape)
@@ -80,10 +82,15 @@ class ResNetEncoder(Encoder):
         self.requires_grad_(settings.trainable)
 
     def head(self, x: Tensor) -> Tensor:
+        return self.with_maps(x, ())[0]
+
+    def with_maps(self, x: Tensor, layers: Sequence[str]) -> tuple[Tensor, dict[str, Tensor]]:
+        self.check_layers(layers)
         x = self.maxpool(torch.relu(self.bn1(self.conv1(self.front(x)))))
-        for n in range(1, 5):
-            x = self.get_submodule(f"layer{n}")(x)
-        return self.embed(x.mean((2, 3)))
+        maps = {}
+        for name in self.map_layers:
+            x = maps[name] = self.get_submodule(name)(x)
+        return self.embed(x.mean((2, 3))), {name: maps[name] for name in layers}
 
     def load_pretrained(self) -> None:
         if self.settings.weights is not None:
