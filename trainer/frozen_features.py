@@ -36,7 +36,7 @@ def frozen_features(settings: TrainSettings, model: ClusterModel, dataset: Datas
             return load_file(path)["features"].to(device)
         except (SafetensorError, OSError, KeyError):
             path.unlink(missing_ok=True)
-    batches = (model.preprocess.normalise(part.to(device)) for part in dataset.pixels.split(PREDICT_BATCH))
+    batches = (model.input_of(part.to(device)) for part in dataset.pixels.split(PREDICT_BATCH))
     features = torch.cat([model.encoder.frozen(batch) for batch in batches])
     if path is not None:
         save_tensors(path, {"features": features})

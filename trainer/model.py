@@ -87,7 +87,11 @@ class ClusterModel(nn.Module):
 
     def embed_pixels(self, pixels: Tensor) -> Tensor:
         """Embedding (B, D) of pixels (B, h, w, 3 or 1) that went through `preprocess.geometry`."""
-        return self.projection(self.encoder(self.preprocess.normalise(pixels)))
+        return self.projection(self.encoder(self.input_of(pixels)))
+
+    def input_of(self, pixels: Tensor) -> Tensor:
+        """The encoder's input (B, C, h, w), with the channels last in memory: grey pictures given three times are not, and take half as long again."""
+        return self.preprocess.normalise(pixels).contiguous(memory_format=torch.channels_last)
 
     @torch.no_grad()
     def embed_dataset(self, pixels: Tensor, batch: int = PREDICT_BATCH) -> Tensor:
@@ -104,7 +108,7 @@ class ClusterModel(nn.Module):
         embeddings, scores = [], []
         with evaluating(self):
             for part in pixels.split(min(batch, BANK_BATCH)):
-                x = self.preprocess.normalise(part.to(self.centroids.device))
+                x = self.input_of(part.to(self.centroids.device))
                 features, maps = self.encoder.with_maps(x, self.bank.settings.layers)
                 z = self.projection(features)
                 embeddings.append(z)
@@ -117,7 +121,7 @@ class ClusterModel(nn.Module):
         if self.bank is None:
             raise ValueError("this model has no bank, so no novelty_map; set novelty.bank")
         with evaluating(self):
-            x = self.preprocess.normalise(pixels.to(self.centroids.device))
+            x = self.input_of(pixels.to(self.centroids.device))
             features, maps = self.encoder.with_maps(x, self.bank.settings.layers)
             return self.bank(maps, self.assign(self.projection(features))[0])[1]
 

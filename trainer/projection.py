@@ -21,7 +21,7 @@ from configs import Settings
 from trainer.clustering.kmeans import KMeansOptions, cluster_means, kmeans
 
 WITHIN_ROUNDS = 10
-TALL = 20_000  # rows from which on the covariance is taken apart instead: minutes less, and variances count down to 1e-5 only
+TALL = 8_000  # rows from which on the covariance is taken apart instead: minutes less, and variances count down to 1e-5 only
 RELATIVE_FLOOR = 1e-5  # directions below this share of the largest variance are numerical noise, and would be magnified
 L2_FLOOR = 1e-12
 ABSOLUTE_FLOOR = 1e-12  # all images alike: no variance at all

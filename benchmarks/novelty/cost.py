@@ -33,8 +33,8 @@ from trainer.images import open_images
 
 ROUNDS, LIMIT = 200, 1.30
 ALONE, AGAIN, NO_BANK = "encoder alone", "encoder alone, again", "no bank"
-KMEANS = "layers: [fire8, fire9], learn: kmeans, size: 512, dim: 128"
-GAUSSIAN = "layers: [fire8, fire9], learn: gaussian, dim: 80, stride: 2"
+KMEANS = "layers: [fire8, fire9], learn: kmeans, size: 512, dim: 128, blur: 2"
+GAUSSIAN = "layers: [fire8, fire9], learn: gaussian, dim: 80, stride: 2, blur: 2"
 NEIGHBOURS = "cells: image, layers: [fire3, fire5, fire8], dim: 64, whiten: 0.25, learn: sample, size: 1024, neighbours: 16, local: true"
 CONTRAST = "preprocess.local_contrast=0.5"
 RECIPES = {

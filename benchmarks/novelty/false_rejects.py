@@ -42,6 +42,7 @@ from trainer.novelty import Calibration, NoveltySettings
 
 Mask = NDArray[np.bool_]
 BANK = "novelty.bank={layers: [fire8, fire9], learn: kmeans, size: 512, reduce: max}"
+GAUSSIAN_BANK = "novelty.bank={layers: [fire8, fire9], learn: gaussian, dim: 80, stride: 2, blur: 2}"
 SHARES = "novelty.shares={train: .96, radius: .02, calibration: .02}"  # fit's own calibration is not looked at
 RADIUS, CALIBRATION = 0.1, 0.6  # of what is held out; the rest tests
 UNSEEN_BOARDS = 3
@@ -61,7 +62,7 @@ class Recipe:
 
 RECIPES = {
     "bottle": Recipe("bottle_ae_kmeans", (BANK,), 0.5, (0.05,)),
-    "tile": Recipe("tile_bank", (), 0.5, (0.05,)),
+    "tile": Recipe("tile_bank", (GAUSSIAN_BANK,), 0.5, (0.05,)),
     "deeppcb": Recipe(
         "bottle_ae_kmeans",
         (BANK, "method.n_clusters=8", "preprocess.height_px=64", "preprocess.width_px=64"),

@@ -6,7 +6,7 @@ image's score is the largest, re-weighted (equation 7, with the nine nearest). I
 coreset is drawn of at most `--cells` cells, the same number of each image. It learns from the parts that our bank learns from, and nothing
 of it was chosen by a score. Rows with local contrast give it the input that our bank has on tiles.
 
-python -m benchmarks.novelty.patchcore [--sets ...] [--seeds N ...] [--cells N] [--layers ...]
+python -m benchmarks.novelty.patchcore [--sets ...] [--seeds N ...] [--cells N] [--layers ...] [--auto]
 """
 
 from __future__ import annotations
@@ -40,8 +40,10 @@ from trainer.report.assignment_table import read_assignments
 CORESET, PROJECTED, NEIGHBOURS = 0.1, 128, 9
 BATCH, QUERIES = 16, 1024
 TIMED = 20  # images whose inference is timed one by one
-BANK = "novelty.bank={layers: [fire8, fire9], learn: kmeans, size: 512, reduce: max}"
-RECIPES = {"tile": ("tile_bank", ()), "bottle": ("bottle_ae_kmeans", (BANK,))}
+RECIPES = {
+    "tile": ("tile_bank", "novelty.bank={layers: [fire8, fire9], learn: gaussian, dim: 80, stride: 2, blur: 2}"),
+    "bottle": ("bottle_ae_kmeans", "novelty.bank={layers: [fire8, fire9], learn: kmeans, size: 512, reduce: max}"),
+}
 
 
 @dataclass(frozen=True)
@@ -127,13 +129,14 @@ class Fitted:
     seconds: float
 
 
-def fitted(name: str, seed: int, folder: Path) -> Fitted:
+def fitted(name: str, seed: int, folder: Path, is_auto: bool) -> Fitted:
     """Fits our bank on one split."""
     learned, test = split(tiles(), seed, 0.0) if name == "tile" else bottles()
-    config, overrides = RECIPES[name]
+    config, bank = RECIPES[name]
+    bank = "novelty.bank=auto" if is_auto else bank
     started_s = time.monotonic()
     path = write_list(learned, folder / "learned.csv")
-    sets = (f"data={{path: {path}}}", WEIGHTS, f"train.seed={seed}", *overrides)
+    sets = (f"data={{path: {path}}}", WEIGHTS, f"train.seed={seed}", bank)
     run = fit(config, FitOptions(folder / "run", sets))
     seconds = time.monotonic() - started_s
     trained = {row.file for row in read_assignments(folder / "run") if row.split == "train"}
@@ -211,7 +214,7 @@ def figures(ours: Fitted, found: Found) -> Figures:
 def measure(name: str, seed: int, arguments: argparse.Namespace) -> dict[str, Figures]:
     """All ways on one split."""
     with tempfile.TemporaryDirectory() as folder:
-        ours = fitted(name, seed, Path(folder))
+        ours = fitted(name, seed, Path(folder), arguments.auto)
         rows = {"our bank": figures(ours, ours_found(ours))}
         layers = tuple(arguments.layers)
         contrasts = [False, True] if ours.run.settings.preprocess.local_contrast is not None else [False]
@@ -240,6 +243,9 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="*", default=[0, 1, 2, 3, 4])
     parser.add_argument("--cells", type=int, default=40_000, help="of which a tenth becomes the memory")
     parser.add_argument("--layers", nargs="*", default=["fire4", "fire8"])
+    parser.add_argument(
+        "--auto", action="store_true", help="let fit choose our bank, which is part of the seconds to learn"
+    )
     arguments = parser.parse_args()
     rows = []
     for name in arguments.sets:

@@ -57,6 +57,18 @@ def test_the_novelty_distance_is_taken_before_the_l2() -> None:
     assert out["distance"].tolist() == [0.0] and out["novelty_score"].tolist() == [2.0]
 
 
+def test_a_patch_score_joins_by_a_maximum_and_changes_nothing_else() -> None:
+    embedding = np.array([[0, 2], [0, 2]], np.float32)
+    plain = compute_head(embedding, BY_HAND, 1.0, l2=False)
+    out = compute_head(embedding, BY_HAND, 1.0, False, np.array([0.5, 1.5], np.float32))
+    # In radii the embedding is at 1: the first patch score is below it, the second one above; the scale is .5.
+    assert out["novelty_score"].tolist() == [2.0, 3.0]
+    assert out["p_value"].tolist() == pytest.approx([2 / 3, (1 + 0.5) / 3])  # of the scores only 2 is at least 1.5
+    for name in ("cluster_id", "distance", "distances", "embedding"):
+        assert np.array_equal(out[name], plain[name])
+    assert plain["novelty_score"].tolist() == [2.0, 2.0]
+
+
 def test_ties_go_to_the_lowest_id_and_an_embedding_of_zeros_stays_finite() -> None:
     zeros = compute_head(np.zeros((1, 2), np.float32), BY_HAND, 1.0, l2=True)
     assert zeros["cluster_id"].tolist() == [0] and zeros["distances"].tolist() == [[1.0, 1.0]]
@@ -169,3 +181,26 @@ def test_an_inspector_whose_provider_cannot_override_gives_the_same_inspections(
         batch = [one.novelty_score for one in ours.inspect_batch(frames)]
         assert batch == pytest.approx([graph.inspect(frame).novelty_score for frame in frames], rel=1e-4)
     assert verify_golden(in_runtime(Inspector(tiny_model_path)), golden).ids_compared > 0
+
+
+def test_so_does_one_of_a_model_with_a_bank(bank_model_path: Path, tmp_path: Path) -> None:
+    with Inspector(bank_model_path) as plain:
+        golden = load_golden(golden_path(bank_model_path), plain.metadata.golden_sha256)
+        # Radii so large that the patches decide.
+        tensors = {**golden.codebook, "cluster_radius": golden.codebook["cluster_radius"] * np.float32(100)}
+        path = write_codebook(tmp_path, tensors, {"model_sha256": plain.file.sha256})
+    frames = [draw(kind, np.random.default_rng(seed)) for seed in range(3) for kind in ("disc", "square", "bars")]
+    for codebook, threshold in ((None, None), (None, 0.4), (path, None), (path, 0.4)):
+        graph = Inspector(bank_model_path, codebook, novelty_threshold=threshold)
+        ours = in_runtime(Inspector(bank_model_path, codebook, novelty_threshold=threshold))
+        for expected, got in zip(graph.inspect_batch(frames), ours.inspect_batch(frames), strict=True):
+            assert (got.cluster, got.is_novel, got.patch_score) == (
+                expected.cluster,
+                expected.is_novel,
+                expected.patch_score,
+            )
+            assert got.novelty_score == pytest.approx(expected.novelty_score, rel=1e-5)
+            assert got.p_value == pytest.approx(expected.p_value, rel=1e-5)
+            if codebook is not None:
+                scale = float(golden.codebook["novelty_scale"][0])
+                assert got.novelty_score == pytest.approx((got.patch_score or 0) / scale, rel=1e-5)

@@ -38,6 +38,26 @@ def test_an_inspection_carries_distance_margin_score_and_verdict(tiny_model_path
     assert (result.verdict, result.reason) == (("review", "novel") if result.is_novel else ("pass", "default"))
 
 
+def test_a_model_with_a_bank_says_how_strange_the_strangest_place_is(
+    bank_model_path: Path, tiny_model_path: Path
+) -> None:
+    damaged = frame()
+    damaged[2:7, 2:7] = (255, 0, 255)
+    with Inspector(bank_model_path) as inspector:
+        assert inspector.fetched[-1] == "patch_score"
+        clean, spotted = inspector.inspect_batch([frame(), damaged])
+        maps = inspector.run(np.stack([frame(), damaged]), ("novelty_map", "patch_score"))
+    assert clean.patch_score is not None and spotted.patch_score is not None
+    assert 0 < clean.patch_score < 2 and spotted.patch_score > 1.3 * clean.patch_score
+    assert maps["novelty_map"].shape == (2, 12, 12)
+    assert maps["patch_score"].tolist() == pytest.approx([clean.patch_score, spotted.patch_score])
+    assert maps["patch_score"].tolist() == pytest.approx(maps["novelty_map"].max((1, 2)).tolist())
+    strangest = np.unravel_index(maps["novelty_map"][1].argmax(), (12, 12))
+    assert max(strangest) <= 4  # where the spot is, in cells of 32 / 12 pixels
+    with Inspector(tiny_model_path) as inspector:
+        assert inspector.inspect(frame()).patch_score is None and "patch_score" not in inspector.fetched
+
+
 def test_noise_is_novel_and_its_verdict_is_the_policys(tiny_model_path: Path) -> None:
     noise = np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8)
     with Inspector(tiny_model_path, policy=Policy(novel="reject")) as inspector:

@@ -76,6 +76,18 @@ def test_whether_inputs_can_be_overridden_is_found_out_by_trying(tiny_model_path
     assert np.array_equal(*answers)
 
 
+def test_with_a_bank_that_is_found_out_too(bank_model_path: Path) -> None:
+    """A graph that heeds the codebook answers with its patches, which a head without them would take for deafness."""
+    with Inspector(bank_model_path) as inspector:
+        metadata = inspector.metadata
+        assert inspector.ran.head == "graph" and metadata.head_inputs == ("embedding", "patch_score")
+    image = np.zeros_like(noise(metadata.input))  # stranger to the bank than the probe's codebook makes it to the head
+    heeding, deaf = (open_session(read_model(m), Runtime()) for m in (bank_model_path, frozen(bank_model_path)))
+    assert can_override(heeding, metadata, image) and not can_override(deaf, metadata, image)
+    blind = replace(metadata, novelty={})  # control: as if the file did not say that it has a bank
+    assert not can_override(heeding, blind, image)
+
+
 def test_a_session_that_fails_on_other_values_cannot_override(tiny_model_path: Path) -> None:
     model = onnx.load(tiny_model_path)
     kept = [value for value in model.graph.input if value.name != "calibration"]  # now a constant, and no input

@@ -24,7 +24,6 @@ from exporters import gate, own_images
 from exporters.errors import ExportError
 from exporters.export import ExportOptions, export_run
 from exporters.graph import FusedModel
-from exporters.nodes import producer
 from exporters.quantize import maps_of, quantize_encoder
 from exporters.trace import trace
 from exporters.verify import check_parity
@@ -74,41 +73,51 @@ KINDS_OF_BANKS = {
 }
 
 
-@pytest.fixture(params=["patches", *KINDS_OF_BANKS])
-def any_bank(request: pytest.FixtureRequest, tiny_settings_text: str, tmp_path: Path, bank_run_folder: Path) -> Run:
-    if request.param == "patches":
-        return load_run(bank_run_folder)
-    bank = f"{{target_frr: 0.1, bank: {KINDS_OF_BANKS[request.param]}}}"
-    folder = tmp_path / "run"
-    fit(load_text(TrainSettings, with_bank(tiny_settings_text, bank), "bank.yaml"), FitOptions(out=folder))
-    return load_run(folder)
-
-
-def test_onnxruntime_and_pytorch_agree_on_every_output_of_every_kind_of_bank(any_bank: Run, tmp_path: Path) -> None:
-    assert export_run(any_bank, tmp_path / "part.onnx").parity.max_score_difference < 1e-4
-    actual, expected = asked(str(tmp_path / "part.onnx"), frames()), in_pytorch(any_bank, frames())
+def agree(run: Run, data: bytes, images: np.ndarray) -> dict[str, np.ndarray]:
+    """The answers of the graph, which are those of PyTorch."""
+    actual, expected = asked(data, images), in_pytorch(run, images)
     for name in NAMES:
         assert actual[name].shape == expected[name].shape and actual[name].dtype == expected[name].dtype, name
     for name in ("distances", "embedding", "novelty_score", "patch_score", "novelty_map"):
         assert np.isfinite(actual[name]).all() and gap(actual[name], expected[name]) < 1e-4, name
     assert np.array_equal(actual["cluster_id"][:-3], expected["cluster_id"][:-3])
+    return actual
 
 
-@pytest.mark.parametrize("frame", [None, (32, 32), (48, 48)], ids=["any size", "fixed", "halved"])
-def test_a_batch_gives_what_its_frames_give_alone_in_a_dynamic_and_a_fixed_graph(
-    bank_run_folder: Path, frame: tuple[int, int] | None
+@pytest.mark.parametrize("kind", KINDS_OF_BANKS)
+def test_every_kind_of_bank_is_exported_with_pytorch_and_onnxruntime_in_agreement(
+    kind: str, tiny_settings_text: str, tmp_path: Path
 ) -> None:
-    run = load_run(bank_run_folder)
-    data = trace(FusedModel(run.model.eval()), frame).SerializeToString()
-    images = frames(side_px=frame[0] if frame else 41)
-    whole = asked(data, images)
-    assert whole["novelty_map"].shape == (12, 12, 12) and whole["patch_score"].shape == (12,)
-    for n in range(0, 12, 2):
+    text = with_bank(tiny_settings_text, f"{{target_frr: 0.1, bank: {KINDS_OF_BANKS[kind]}}}")
+    run = fit(load_text(TrainSettings, text, "bank.yaml"), FitOptions(out=tmp_path / "run"))
+    # Among what is compared are training images, whose cells lie on points of the bank.
+    assert export_run(load_run(tmp_path / "run"), tmp_path / "part.onnx").parity.max_score_difference < 1e-4
+    base = agree(run, (tmp_path / "part.onnx").read_bytes(), frames())
+    # A bank per cluster too goes by the model's own clusters: a head outside the graph has no other patch_score to go by.
+    turned = {**codebook(run), "centroids": codebook(run)["centroids"][::-1].copy()}
+    out = asked((tmp_path / "part.onnx").read_bytes(), frames(), **turned)
+    assert np.array_equal(out["cluster_id"], 2 - base["cluster_id"])
+    assert all(np.array_equal(out[name], base[name]) for name in ("patch_score", "novelty_map"))
+
+
+def same_alone(data: bytes, images: np.ndarray, whole: dict[str, np.ndarray]) -> None:
+    """A batch of two gives what a batch of all gives."""
+    for n in range(0, len(images), 2):
         two = asked(data, images[n : n + 2])
-        assert gap(two["novelty_map"], whole["novelty_map"][n : n + 2]) < 1e-5
-        assert gap(two["patch_score"], whole["patch_score"][n : n + 2]) < 1e-5
-    expected = in_pytorch(run, images)
-    assert all(gap(whole[name], expected[name]) < 1e-4 for name in ("patch_score", "novelty_map", "novelty_score"))
+        assert two["novelty_map"].shape == (2, 12, 12)
+        assert all(gap(two[name], whole[name][n : n + 2]) < 1e-5 for name in ("novelty_map", "patch_score"))
+
+
+@pytest.mark.parametrize("side_px", [32, 41, 23])
+def test_a_graph_of_any_size_agrees_in_batches_too(bank_model_path: Path, bank_run_folder: Path, side_px: int) -> None:
+    images, data = frames(side_px=side_px), bank_model_path.read_bytes()
+    same_alone(data, images, agree(load_run(bank_run_folder), data, images))
+
+
+def test_a_graph_of_a_fixed_size_agrees_in_batches_too(bank_run_folder: Path) -> None:
+    run, images = load_run(bank_run_folder), frames(side_px=48)
+    data = trace(FusedModel(run.model.eval()), (48, 48)).SerializeToString()
+    same_alone(data, images, agree(run, data, images))
 
 
 def test_the_raw_score_of_the_graph_is_the_maximum_of_both(bank_model_path: Path, bank_run_folder: Path) -> None:
@@ -138,7 +147,7 @@ def moved(run: Run) -> dict[str, np.ndarray]:
     book = codebook(run)
     book["centroids"] += rng.normal(0, 0.3, book["centroids"].shape).astype(np.float32)
     book["cluster_mean"] += rng.normal(0, 0.3, book["cluster_mean"].shape).astype(np.float32)
-    book["cluster_radius"] *= np.float32(2.5)
+    book["cluster_radius"] *= np.float32(50)
     book["novelty_scale"] *= np.float32(0.8)
     book["calibration"] = np.sort(rng.uniform(0.1, 4, 9)).astype(np.float32)
     book["calibration_weight"] = rng.uniform(0.5, 1, 9).astype(np.float32)
@@ -156,7 +165,7 @@ def test_the_head_in_numpy_gives_the_graphs_answers_with_a_replaced_codebook(
         assert ours[name] == pytest.approx(out[name], rel=1e-4), name
     # Control: without the patches some scores are lower.
     without = compute_head(out["embedding"], own, 1.0, False)["novelty_score"]
-    assert not np.allclose(without, out["novelty_score"], rtol=1e-2)
+    assert (without <= out["novelty_score"] * 1.0001).all() and not np.allclose(without, out["novelty_score"], rtol=0.1)
     # No codebook moves the bank.
     base = asked(str(bank_model_path), frames())
     assert np.array_equal(base["patch_score"], out["patch_score"])
@@ -205,50 +214,47 @@ def test_a_file_that_says_it_has_a_bank_and_gives_no_map_is_refused(bank_model_p
         Inspector(model.SerializeToString())
 
 
-def test_a_graph_without_a_bank_has_the_outputs_and_operators_that_it_had(
-    bank_run_folder: Path, tiny_conv_run: Path, tiny_model_path: Path
-) -> None:
-    """Without the bank, the model of the run with one is exported as the same run without: byte for byte but for its weights."""
-    run, plain = load_run(bank_run_folder), load_run(tiny_conv_run)
-    proto = trace(FusedModel(plain.model.eval()), None)
-    assert [o.name for o in proto.graph.output] == [spec.name for spec in OUTPUTS]
-    assert not maps_of(proto.graph) and not [n for n in read_nodes(proto.SerializeToString()) if "bank" in n.name]
-    assert [i.name for i in proto.graph.input] == ["image", *(spec.name for spec in OVERRIDABLE)]
-    with_it = trace(FusedModel(run.model.eval()), None)
+@pytest.fixture(scope="module")
+def without(bank_run_folder: Path) -> onnx.ModelProto:
+    """The graph of the same model without its bank."""
+    run = load_run(bank_run_folder)
     run.model.bank = None
-    without = trace(FusedModel(run.model.eval()), None)
-    assert operators(without) == operators(proto) and len(operators(with_it)) > len(operators(proto))
-    assert [t.name for t in without.graph.initializer] == [t.name for t in proto.graph.initializer]
+    return trace(FusedModel(run.model.eval()), None)
+
+
+def test_a_graph_without_a_bank_has_nothing_of_it(
+    without: onnx.ModelProto, bank_model_path: Path, tiny_model_path: Path
+) -> None:
+    with_it = onnx.load(bank_model_path)
+    assert [o.name for o in without.graph.output] == [spec.name for spec in OUTPUTS]
+    assert [i.name for i in without.graph.input] == ["image", *(spec.name for spec in OVERRIDABLE)]
+    assert not maps_of(without.graph) and maps_of(with_it.graph)
+    # The bank is its own nodes and one maximum: what is left of the operators without those is the graph without it.
+    left = list(operators(with_it))
+    for kind in operators(without):
+        left.remove(kind)
+    assert "AveragePool" in left and "AveragePool" not in operators(without)
     with Inspector(tiny_model_path) as inspector:
         assert not inspector.metadata.has_patches and inspector.metadata.outputs == OUTPUTS
 
 
-def test_control_the_graph_with_a_bank_gives_the_embeddings_of_the_one_without(
-    bank_run_folder: Path, bank_model_path: Path
-) -> None:
-    run = load_run(bank_run_folder)
-    run.model.bank = None
-    proto = trace(FusedModel(run.model.eval()), None)
+def test_a_bank_changes_nothing_of_cluster_and_embedding(without: onnx.ModelProto, bank_model_path: Path) -> None:
     names = ["cluster_id", "distances", "embedding"]
-    without = session(proto.SerializeToString()).run(names, {"image": frames()})
+    alone = session(without.SerializeToString()).run(names, {"image": frames()})
     with_it = asked(str(bank_model_path), frames())
-    assert all(np.allclose(with_it[name], value, atol=1e-6) for name, value in zip(names, without, strict=True))
+    assert all(np.allclose(with_it[name], value, atol=1e-6) for name, value in zip(names, alone, strict=True))
 
 
-def test_the_bank_belongs_to_the_head_and_its_maps_to_the_encoder(bank_run_folder: Path) -> None:
-    proto = trace(FusedModel(load_run(bank_run_folder).model.eval()), None)
+def test_the_bank_belongs_to_the_head_and_its_maps_to_the_encoder(bank_model_path: Path) -> None:
+    proto = onnx.load(bank_model_path)
     nodes = read_nodes(proto.SerializeToString())
     places = place_nodes(nodes)
     assert maps_of(proto.graph) == [f"{MAP}conv1", f"{MAP}conv2"]
-    seen = {places[tensor] for tensor in (f"{MAP}conv1", f"{MAP}conv2", "features")}
-    assert seen == {"encoder"} and {places[name] for name in ("patch_score", "novelty_map")} == {"head"}
-    behind = [node for node in nodes if any(name.startswith(MAP) for name in node.inputs) and node.kind != "Conv"]
-    convolutions = [node for node in nodes if node.kind == "Conv"]
-    placed = [places[node.name] for node in convolutions]
-    assert (
-        placed.count("encoder") == 3 and placed.count("head") == 3
-    )  # two projections of maps, one product with centres
-    assert all(places[node.name] in {"encoder", "head"} for node in behind)
+    assert {places[tensor] for tensor in (f"{MAP}conv1", f"{MAP}conv2", "features")} == {"encoder"}
+    assert {places[name] for name in ("patch_score", "novelty_map")} == {"head"}
+    placed = [places[node.name] for node in nodes if node.op_type == "Conv"]
+    # Two projections of maps and one product with the centres.
+    assert placed.count("encoder") == 3 and placed.count("head") == 3
 
 
 def test_layers_deeper_than_the_features_belong_to_the_encoder() -> None:
@@ -273,33 +279,27 @@ def test_layers_deeper_than_the_features_belong_to_the_encoder() -> None:
     assert place_nodes(control)["deep"] == "head"
 
 
-def test_quantising_keeps_the_names_of_the_maps_and_nearly_their_values(bank_run_folder: Path) -> None:
-    model = trace(FusedModel(load_run(bank_run_folder).model.eval()), None)
+def test_quantising_keeps_the_names_of_the_maps_and_nearly_their_values(bank_model_path: Path) -> None:
+    model = onnx.load(bank_model_path)
     rng = np.random.default_rng(0)
     images = [draw(kind, rng) for _ in range(20) for kind in KINDS]
     quantized = quantize_encoder(model, own(images))
-    assert maps_of(quantized.graph) == maps_of(model.graph) == [f"{MAP}conv1", f"{MAP}conv2"]
+    assert set(maps_of(model.graph)) == {f"{MAP}conv1", f"{MAP}conv2"} <= set(maps_of(quantized.graph))
     assert {"QuantizeLinear", "DequantizeLinear"} <= set(operators(quantized))
     for name in maps_of(model.graph):
         wanted, got = (np.concatenate([output_of(m, one[None], name) for one in images]) for m in (model, quantized))
         assert 0 < np.linalg.norm(got - wanted) < 0.05 * np.linalg.norm(wanted), name
-    new = frames()
-    fp32, int8 = asked(model.SerializeToString(), new), asked(quantized.SerializeToString(), new)
-    assert np.corrcoef(fp32["patch_score"], int8["patch_score"])[0, 1] > 0.99
-    assert float(np.abs(int8["patch_score"] / fp32["patch_score"] - 1).max()) < 0.15
-    # The bank itself stays fp32: its weights are there as they were.
-    names = {t.name: t for t in quantized.graph.initializer}
-    bank = [node for node in model.graph.node if node.op_type == "Conv" and node.input[0] in maps_of(model.graph)]
-    projections = [
-        node for node in bank if node.input[1] in names and node.input[1] == producer_weight(quantized, node)
-    ]
-    assert len(projections) == 2
-
-
-def producer_weight(quantized: onnx.ModelProto, node: onnx.NodeProto) -> str:
-    """The weight that the node giving the same tensor takes after quantising."""
-    found = producer(quantized.graph, node.output[0])
-    return found.input[1] if found is not None else ""
+    fp32, int8 = (asked(m.SerializeToString(), frames())["patch_score"] for m in (model, quantized))
+    assert float(np.abs(int8[:-3] / fp32[:-3] - 1).max()) < 0.03
+    # Noise, black and white lie beyond the ranges that good parts gave, and are cut there; strange they stay.
+    assert min(int8[-3:].min(), fp32[-3:].min()) > 1.5 * max(int8[:-3].max(), fp32[:-3].max())
+    # The bank itself stays fp32: what takes the maps takes its weights as they were.
+    seams = maps_of(model.graph)
+    for graph in (model.graph, quantized.graph):
+        weights = {t.name for t in graph.initializer}
+        taken = [node.input[1] for node in graph.node if node.op_type == "Conv" and node.input[0] in seams]
+        bank = [name for name in taken if name in weights and "bank" in name]
+        assert len(bank) == 2
 
 
 def test_an_int8_file_with_a_bank_is_judged_and_proven_like_any(

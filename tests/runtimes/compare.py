@@ -2,6 +2,7 @@
 
 * ids: equal wherever the margin of the two nearest centroids exceeds twice the tolerance; elsewhere the id must be one of the near ones.
 * novelty_score (where the id is the same), distance, distances: within the tolerance, relative to max(1, |value|).
+* patch_score, novelty_map (of a model with a bank, where the id is the same): within the tolerance, relative to max(1, |value|).
 * is_novel: equal wherever the score is further from the threshold than the tolerance.
 * p_value: a step function of the score; it must lie between its values a tolerance above and below the expected score.
 * nothing may be other than finite.
@@ -18,6 +19,7 @@ from numpy.typing import NDArray
 
 from edge_dkm.golden import Golden
 from tests.runtimes.material import Answers, Case, Tensors, read_answers, read_tensors
+from tests.runtimes.runners.reading import PATCH_OUTPUTS
 
 P_ROUNDING = 1e-5  # two sums of the same weights in float32
 
@@ -34,6 +36,7 @@ class Comparison:
     max_score_gap: float = 0.0
     max_distance_gap: float = 0.0
     problems: list[str] = field(default_factory=list)
+    max_patch_gap: float = 0.0
 
     @property
     def agrees(self) -> bool:
@@ -71,6 +74,9 @@ def compare(
         distance_gap = np.maximum(
             _gap(actual["distances"], expected["distances"]).max(1), _gap(actual["distance"], expected["distance"])
         )
+        patch_gap = {
+            name: np.where(same, _worst(name, actual, expected), 0.0) for name in PATCH_OUTPUTS if name in expected
+        }
         near = np.abs(expected["novelty_score"] - threshold) <= case.tolerance * np.maximum(1, threshold)
         wrong_edge = same & ~near & (actual["is_novel"] != expected["is_novel"])
         wrong_p = same & ~_p_is_right(case, expected, actual, codebook)
@@ -81,6 +87,7 @@ def compare(
         "other distances": ~(distance_gap <= case.tolerance),
         "another is_novel": wrong_edge,
         "another p_value": wrong_p,
+        **{f"another {name}": ~(found <= case.tolerance) for name, found in patch_gap.items()},
     }
     problems = [_say(what, np.flatnonzero(bad), case, expected, actual) for what, bad in kinds.items() if bad.any()]
     return Comparison(
@@ -92,6 +99,7 @@ def compare(
         float(np.nanmax(score_gap, initial=0.0)),
         float(np.nanmax(distance_gap, initial=0.0)),
         problems,
+        max((float(np.nanmax(found, initial=0.0)) for found in patch_gap.values()), default=0.0),
     )
 
 
@@ -106,6 +114,11 @@ def _ids(case: Case, expected: Answers, actual: Answers) -> tuple[NDArray[Any], 
     also_near = known & (chosen - nearest <= 2 * case.tolerance * np.maximum(1, nearest))
     same = got == wanted
     return ~same & (decisive | ~also_near), decisive, same
+
+
+def _worst(name: str, actual: Answers, expected: Answers) -> NDArray[np.float64]:
+    """The largest gap of each frame."""
+    return np.asarray(_gap(actual[name], expected[name]).reshape(len(expected[name]), -1).max(1))
 
 
 def _gap(actual: NDArray[Any], expected: NDArray[Any]) -> NDArray[np.float64]:

@@ -18,8 +18,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from tests.runtimes.runners.reading import OUTPUTS
+from tests.runtimes.runners.reading import outputs_of
 
+ROWS = {"distances", "embedding", "novelty_map"}  # more than one number per frame
 Answers = dict[str, NDArray[Any]]
 Tensors = Mapping[str, NDArray[np.float32]]
 
@@ -40,7 +41,10 @@ class Part:
 
 @dataclass(frozen=True)
 class Case:
-    """One model with everything that is asked of it. `control`: what is wrong on purpose; then the comparison must fail."""
+    """One model with everything that is asked of it. `control`: what is wrong on purpose; then the comparison must fail.
+
+    `map_cells`: how many cells its novelty_map has, 0 without a bank.
+    """
 
     name: str
     model: str
@@ -54,6 +58,7 @@ class Case:
     overrides: dict[str, dict[str, Any]]
     parts: list[Part] = field(default_factory=list)
     control: str | None = None
+    map_cells: int = 0
 
     @property
     def frames(self) -> int:
@@ -96,12 +101,12 @@ def read_answers(folder: Path, case: Case) -> Answers:
         ValueError: a file with another number of values than the case has frames: a runner that stopped, or another graph.
     """
     answers: Answers = {}
-    for name, dtype in OUTPUTS.items():
+    for name, dtype in outputs_of(case.map_cells).items():
         values = np.fromfile(folder / case.name / f"{name}.bin", dtype)
-        width = {"distances": case.n_clusters, "embedding": case.embed_dim}.get(name, 1)
+        width = {"distances": case.n_clusters, "embedding": case.embed_dim, "novelty_map": case.map_cells}.get(name, 1)
         if values.size != case.frames * width:
             raise ValueError(
                 f"{folder / case.name}: {name} has {values.size} values, expected {case.frames} frames of {width}"
             )
-        answers[name] = values.reshape(case.frames, width) if name in {"distances", "embedding"} else values
+        answers[name] = values.reshape(case.frames, width) if name in ROWS else values
     return answers

@@ -1,4 +1,7 @@
-"""The models that are exported for the proof: every resize mode, fixed and dynamic, tiny ones on drawn images and SqueezeNet's real weights."""
+"""The models that are exported for the proof: every resize mode, fixed and dynamic, with a bank of patches and without.
+
+Tiny ones on drawn images, and SqueezeNet's real weights.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,7 @@ from pathlib import Path
 from benchmarks.table import SHARED
 from configs import load_text
 from exporters.export import ExportOptions, export_run
-from tests.conftest import TINY
+from tests.conftest import BANK, TINY
 from tests.images import write_folder
 from trainer import FitOptions, fit
 from trainer.settings import TrainSettings
@@ -17,6 +20,10 @@ WEIGHTS = SHARED / "weights" / "squeezenet1_0-imagenet.safetensors"
 L2_HEAD = (
     "encoder: {{name: conv, channels: [4, 8, 8], dim: 8}}\nprojection: {{kind: pca, dim: 4, sqrt: true, l2: true}}"
 )
+CONV = "encoder: {{name: conv, channels: [8, 16, 16], dim: 8}}"
+CONTRAST = "preprocess: {{resize: none, local_contrast: 0.5}}"
+POINTS = "{layers: [conv2, conv3], per_cluster: true, learn: coreset, size: 32, dim: 8, neighbours: 3, reduce: top, max_cost: 10}"
+PLACES = "{layers: [conv1, conv2], learn: gaussian, dim: 6, smooth: 1, max_cost: 10}"
 SQUEEZENET = """
 data: {{path: {path}}}
 preprocess: {preprocess}
@@ -26,6 +33,11 @@ method: {{name: ae_kmeans, n_clusters: 3}}
 novelty: {{target_frr: 0.1}}
 train: {{device: cpu}}
 """
+
+
+def _novelty(settings: str) -> str:
+    """As a line of TINY, which is formatted later."""
+    return "novelty: " + settings.replace("{", "{{").replace("}", "}}")
 
 
 @dataclass(frozen=True)
@@ -46,6 +58,16 @@ RECIPES = {
     "linear": Recipe((("preprocess", "preprocess: {{height_px: 24, width_px: 24, antialias: false}}"),)),
     "pad_l2": Recipe(
         (("preprocess", "preprocess: {{height_px: 24, width_px: 32, fit: pad}}"), ("encoder", L2_HEAD)),
+    ),
+    "bank": Recipe((("encoder", CONV), ("preprocess", "preprocess: {{resize: none}}"), ("novelty", _novelty(BANK)))),
+    "bank_points": Recipe(
+        (("encoder", CONV), ("preprocess", CONTRAST), ("novelty", _novelty(f"{{target_frr: 0.1, bank: {POINTS}}}"))),
+        side_px=36,  # the last cells of the local contrast, of 8 pixels, are not whole
+    ),
+    "bank_places": Recipe(
+        (("encoder", CONV), ("novelty", _novelty(f"{{target_frr: 0.1, bank: {PLACES}}}"))),
+        side_px=48,
+        frame=(48, 48),
     ),
 }
 SQUEEZENETS = {

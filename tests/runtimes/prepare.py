@@ -16,12 +16,13 @@ from numpy.typing import NDArray
 from onnx import numpy_helper
 
 from edge_dkm import Inspector
+from edge_dkm.contract import PIXELS
 from edge_dkm.golden import Golden, load_golden
 from edge_dkm.model_file import digest_path, golden_path
 from tests.runtimes.further import SIZES, further_frames
 from tests.runtimes.material import Case, Part, Tensors, write_manifest, write_tensors
 from tests.runtimes.models import RECIPES, SQUEEZENETS, export_models
-from tests.runtimes.runners.reading import OUTPUTS, AnswerFile, batches, read_tensors
+from tests.runtimes.runners.reading import AnswerFile, batches, outputs_of, read_tensors
 
 FURTHER = 1000
 CONTROLLED = "none"  # the model that is damaged for the controls: the one every runtime answers alike
@@ -61,9 +62,16 @@ def _make_case(folder: Path, model: Path, further: int) -> Case:
             write_tensors(folder, f"{name}-base", golden.codebook),
             {key: write_tensors(folder, f"{name}-{key}", tensors) for key, tensors in sets.items()},
             [*_golden_parts(folder, name, golden, tuple(sets)), *_further_parts(folder, fixed, further)],
+            map_cells=_map_cells(inspector, golden),
         )
         _expect(folder, case, inspector, golden)
     return case
+
+
+def _map_cells(inspector: Inspector, golden: Golden) -> int:
+    if not inspector.metadata.has_patches:
+        return 0
+    return int(inspector.run(golden.images[0][None], ("novelty_map",), overrides={})["novelty_map"].size)
 
 
 def _resize(inspector: Inspector) -> str:
@@ -71,9 +79,15 @@ def _resize(inspector: Inspector) -> str:
     step = next(op for op in json.loads(inspector.metadata.raw["dkm.preprocess"]) if op["op"] == "resize")
     if step["mode"] != "onnx":
         return str(step["mode"])
-    nodes = onnx.load_model_from_string(inspector.file.data).graph.node
+    by_tensor = {name: n for n in onnx.load_model_from_string(inspector.file.data).graph.node for name in n.output}
+    kinds, waiting = set(), [PIXELS]
+    while waiting:  # a bank and the local contrast have Resize operators of their own, behind the pixels
+        node = by_tensor.get(waiting.pop())
+        if node is not None:
+            kinds.add(node.op_type)
+            waiting.extend(node.input)
     kind = "antialiased" if step["antialias"] else "linear"
-    return f"{'onnx' if any(node.op_type == 'Resize' for node in nodes) else 'convolution'} {kind}"
+    return f"{'onnx' if 'Resize' in kinds else 'convolution'} {kind}"
 
 
 def _override_sets(inspector: Inspector, golden: Golden) -> dict[str, Tensors]:
@@ -136,12 +150,12 @@ def _write_frames(path: Path, frames: Iterable[NDArray[np.uint8]]) -> int:
 
 def _expect(folder: Path, case: Case, inspector: Inspector, golden: Golden) -> None:
     """The answers of this onnxruntime; for the golden set those that travel with the model."""
-    answers = AnswerFile()
     row = dataclasses.asdict(case)
+    answers, names = AnswerFile(row), tuple(outputs_of(case.map_cells))
     for part in row["parts"]:
         feed = read_tensors(folder, row["overrides"][part["overrides"]]) if part["overrides"] else {}
         for frames in batches(folder, part):
-            answers.add(inspector.run(frames, tuple(OUTPUTS), overrides=feed))
+            answers.add(inspector.run(frames, names, overrides=feed))
     answers.write(folder / "expected" / case.name)
     for name in ("distances", "novelty_score"):
         path = folder / "expected" / case.name / f"{name}.bin"
@@ -185,7 +199,7 @@ def _control(folder: Path, case: Case, name: str, what: str, model: str | None =
     rows = np.concatenate([np.arange(starts[n], starts[n] + p.count) for n, p in zip(keep, parts, strict=True)])
     target = folder / "expected" / name
     target.mkdir(exist_ok=True)
-    for output, dtype in OUTPUTS.items():
+    for output, dtype in outputs_of(case.map_cells).items():
         values = np.fromfile(folder / "expected" / case.name / f"{output}.bin", dtype).reshape(case.frames, -1)
         values[rows].tofile(target / f"{output}.bin")
     return dataclasses.replace(case, name=name, control=what, model=model or case.model, parts=parts)

@@ -21,6 +21,7 @@ HEADER = (
     "novel or p different",
     "largest score gap",
     "largest distance gap",
+    "largest patch gap",
     "result",
 )
 
@@ -65,6 +66,7 @@ class Line:
             c.others_different,
             f"{c.max_score_gap:.1e}",
             f"{c.max_distance_gap:.1e}",
+            f"{c.max_patch_gap:.1e}" if c.case.map_cells else "-",
             self.verdict,
         )
 

@@ -90,6 +90,32 @@ def test_control_every_kind_of_difference_is_found(changes: dict[str, tuple[int,
     assert re.search(words, " | ".join(found.problems))
 
 
+def judged_patches(**changes: tuple[int, float]) -> Comparison:
+    """As `judged`, of a model whose bank found frame 1 strange: a map of two cells."""
+    case, patch_score = dataclasses.replace(CASE, map_cells=2), np.array([0.5, 3.0, 0.5, 0.5], np.float32)
+    codebook = {**CODEBOOK, "novelty_threshold": np.ones(1, np.float32)}
+    answers = head(EMBEDDING, codebook, False, patch_score)
+    answers |= {"patch_score": patch_score, "novelty_map": np.stack([patch_score, patch_score / 2], 1)}
+    actual = {name: np.array(value, copy=True) for name, value in answers.items()}
+    for name, (n, value) in changes.items():
+        actual[name].reshape(len(EMBEDDING), -1)[n, -1] = value
+    return compare(case, answers, actual, np.ones(4, np.float32), [(slice(0, 4), CODEBOOK)])
+
+
+def test_patches_join_the_score_by_a_maximum_and_are_compared() -> None:
+    codebook = {**CODEBOOK, "novelty_threshold": np.ones(1, np.float32)}
+    out = head(EMBEDDING, codebook, False, np.array([0.5, 3.0, 0.5, 0.5], np.float32))
+    assert out["novelty_score"] == pytest.approx([0.5, 1.5, 4.999 / 4, 0.25], abs=1e-5)
+    same = judged_patches()
+    assert same.agrees and same.max_patch_gap == 0.0
+    near = judged_patches(patch_score=(1, 3.02), novelty_map=(2, 0.255))
+    assert near.agrees and near.max_patch_gap == pytest.approx(0.02 / 3, rel=1e-3)
+    assert judged_patches(novelty_map=(0, 0.4), cluster_id=(0, 0)).problems[0].startswith("another novelty_map on 1 ")
+    assert judged_patches(patch_score=(1, 3.1)).problems[0].startswith("another patch_score on 1 frames")
+    assert judged_patches(novelty_map=(3, np.nan)).problems[0].startswith("a value that is not finite")
+    assert judged_patches(novelty_map=(2, 0.9), cluster_id=(2, 0)).agrees  # per cluster, another id has another map
+
+
 @pytest.mark.parametrize("changes", [{"novelty_score": (1, 0.509)}, {"distance": (1, 2.019)}, {"distances": (1, 8.07)}])
 def test_what_lies_within_the_tolerance_agrees(changes: dict[str, tuple[int, float]]) -> None:
     assert judged(**changes).agrees
@@ -129,6 +155,17 @@ def test_the_newest_onnxruntime_gives_the_expected_answers_and_the_controls_are_
     ]
     assert lines[0].comparison.ids_compared > 40 and lines[0].comparison.max_score_gap < 1e-6
     assert main([str(material), "--only", "newest"]) == 0
+
+
+def test_a_model_with_a_bank_is_asked_for_its_patches_too(bank_model_path: Path, tmp_path: Path) -> None:
+    prepare(tmp_path, [bank_model_path], further=20)
+    case = read_manifest(tmp_path)[0]
+    assert case.map_cells == 12 * 12
+    answers = read_answers(tmp_path / "expected", case)
+    assert answers["novelty_map"].shape == (case.frames, 144) and answers["patch_score"].shape == (case.frames,)
+    assert answers["patch_score"] == pytest.approx(answers["novelty_map"].max(1), rel=1e-6)
+    lines, not_run = prove(tmp_path, [runtimes(tmp_path)["newest"]])
+    assert not_run == {} and lines[0].verdict == "same" and lines[0].comparison.max_patch_gap < 1e-6
 
 
 def test_the_override_sets_change_answers_and_zero_distance_is_among_them(material: Path) -> None:

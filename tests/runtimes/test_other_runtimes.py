@@ -23,7 +23,7 @@ NAMES = ("oldest", "openvino", "web")
 @pytest.fixture(scope="module")
 def material(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("material")
-    prepare(folder, export_models(folder / "made", ("none", "onnx", "pad_l2")), further=40)
+    prepare(folder, export_models(folder / "made", ("none", "onnx", "pad_l2", "bank")), further=40)
     return folder
 
 

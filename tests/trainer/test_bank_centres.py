@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from trainer.bank.centres import RADIUS_FLOOR, Centres
+from trainer.bank.centres import NEAREST, RADIUS_FLOOR, Centres
 from trainer.bank.settings import BankSettings
 from trainer.distance import DIRECT_LIMIT
 from trainer.errors import DataError
@@ -58,17 +58,19 @@ def test_an_image_of_one_cell_and_very_many_centres_is_measured_alike() -> None:
     direct, product = Centres(BankSettings(), 2), Centres(BankSettings(), 2)
     direct.centres, product.centres = few, torch.cat([few, few[:8]])
     assert direct.centres.numel() == DIRECT_LIMIT < product.centres.numel()
-    x = torch.randn(3, 2, 1, 1, generator=generator)
+    x = 6 + torch.randn(3, 2, 1, 1, generator=generator)
     assert torch.allclose(direct(x, NO_CLUSTER.expand(3)), product(x, NO_CLUSTER.expand(3)), atol=1e-3)
 
 
-def test_a_cell_on_a_centre_is_at_distance_zero_and_not_at_the_root_of_a_negative() -> None:
-    points = torch.randn(50, 64, generator=torch.Generator().manual_seed(1))
+def test_a_cell_of_a_grid_that_lies_on_a_centre_is_as_near_as_can_be_told_and_not_the_root_of_rounding() -> None:
+    points = 3 * torch.randn(50, 64, generator=torch.Generator().manual_seed(1))
     found = Centres(BankSettings(), 64)
     found.centres = points
-    on = points.T.view(1, 64, 5, 10)
-    distances = found(on, NO_CLUSTER)
-    assert torch.isfinite(distances).all() and float(distances.max()) < 0.02
+    on = points.T.reshape(1, 64, 5, 10).clone()
+    assert torch.equal(found(on, NO_CLUSTER), torch.full((1, 5, 10), NEAREST))
+    # Control: half a unit away in one direction is told from that.
+    on[:, 7] += 0.5
+    assert torch.allclose(found(on, NO_CLUSTER), torch.full((1, 5, 10), 0.5), atol=1e-3)
 
 
 def test_local_counts_in_radii_of_the_own_centre() -> None:

@@ -198,7 +198,7 @@ def test_the_same_number_of_cells_is_drawn_of_each_image(model: ClusterModel, mo
 
     monkeypatch.setattr(learning, "SAMPLED_CELLS", 100)
     bank = learn_bank(SETTINGS, model, material(model, pixels(model)))
-    rows, image = sample_cells(bank, model, material(model, pixels(model)))
+    ((rows, image),) = sample_cells([bank], model, material(model, pixels(model)))
     assert rows.shape == (18 * 6, 8 + 16) and image.bincount().tolist() == [6] * 18
     assert len(rows.unique(dim=0)) == len(rows)  # none of them twice
 

@@ -21,6 +21,7 @@ RADIUS_FLOOR = 0.1  # of the typical one: copies of one picture have a radius of
 POINT_NEIGHBOURS = 5  # over how many others a point's radius is taken, where it is not `neighbours`
 ELSEWHERE = 1e6  # added to squared distances to centres of other clusters
 FEW_CENTRES = 8  # of the smallest cluster
+NEAREST = 0.05  # the smallest distance between a cell of a grid and a centre, where cells have a deviation of about 1 in each direction
 
 
 class Centres(nn.Module):
@@ -73,9 +74,10 @@ class Centres(nn.Module):
     def _squared(self, cells: Tensor) -> Tensor:
         if cells.shape[2:] == (1, 1) and self.centres.numel() <= DIRECT_LIMIT:
             return squared_distances(cells.flatten(1), self.centres)[:, :, None, None]
-        # As a 1x1 convolution: |x|^2 - 2 x c + |c|^2. Cells are centred and of unit scale, so the terms are small; clamped all the same.
+        # As a 1x1 convolution: |x|^2 - 2 x c + |c|^2. Cells are centred and of unit scale, so the terms are small, but what they leave of
+        # a cell on a point of the bank is rounding, whose root is another one in every runtime.
         products = nn.functional.conv2d(cells, -2 * self.centres[:, :, None, None], self.centres.square().sum(1))
-        return (products + cells.square().sum(1, keepdim=True)).clamp_min(0)
+        return (products + cells.square().sum(1, keepdim=True)).clamp_min(NEAREST**2)
 
 
 def _learned(settings: BankSettings, z: Tensor, groups: Tensor, seed: int) -> tuple[Tensor, Tensor]:

@@ -19,9 +19,9 @@ from sklearn.metrics import roc_auc_score
 from torch import Tensor
 
 from trainer.bank.bank import Bank
-from trainer.bank.cost import cost_of
+from trainer.bank.cost import bank_operations, cost_of, encoder_operations
 from trainer.bank.defects import with_defect
-from trainer.bank.learning import Material, learn_bank, maps_of
+from trainer.bank.learning import Material, learn_banks, maps_of, union_of
 from trainer.bank.settings import BankSettings, Reduction
 from trainer.errors import DataError
 from trainer.model import ClusterModel
@@ -108,67 +108,80 @@ def choose(model: ClusterModel, material: Material, say: Callable[[str], None]) 
         DataError: no candidate fits this encoder and these parts; the last one's reason is in the text.
     """
     material = _thinned(material)
-    trials: list[Trial] = []
-    problem = ""
-    for n, settings in enumerate(tried := candidates(model.encoder.map_layers), 1):
-        say(
-            f"choosing a bank: {n} of {len(tried)} ({settings.learn} on {settings.cells}, {', '.join(settings.layers)})"
-        )
-        try:
-            trials += _tried(settings, model, material)
-        except DataError as error:
-            problem = str(error)
-    if not trials:
-        raise DataError(f"novelty.bank is auto, but no bank fits: {problem or 'all cost too much'}")
-    trials.sort(key=lambda trial: -trial.criterion)
-    close = [trial for trial in trials if trial.criterion >= trials[0].criterion - CLOSE]
-    return Choice(trials, min(close, key=lambda trial: trial.cost))
-
-
-def _tried(settings: BankSettings, model: ClusterModel, material: Material) -> list[Trial]:
-    """One trial for each reduction; none where the bank costs too much."""
-    fold = _folds(material)
-    synthetic, kept, cost = [], [], 0.0
+    wanted = _affordable(candidates(model.encoder.map_layers), model, material)
+    say(f"choosing one of {len(wanted)} banks on drawn defects")
+    fold, ids = _folds(material), material.clusters.cpu().numpy()
+    synthetic, kept = [], []
     for n in range(FOLDS):
-        learned, tested = np.flatnonzero(fold != n), np.flatnonzero(fold == n)
-        bank = learn_bank(settings, model, material.take(learned))
-        cost = cost_of(bank, model, material.pixels[:1])
-        if cost > settings.max_cost:
-            return []
-        good = material.take(tested)
-        synthetic.append(_aurocs(bank, model, good, _damaged(good)))
-    ids = material.clusters.cpu().numpy()
+        good = material.take(np.flatnonzero(fold == n))
+        banks = learn_banks(wanted, model, material.take(np.flatnonzero(fold != n)))
+        synthetic.append(_aurocs(banks, model, good, _damaged(good)))
     for k in _clusters_to_keep(ids):
-        learned = np.flatnonzero((fold != 0) & (ids != k))
-        bank = learn_bank(settings, model, material.take(learned))
+        banks = learn_banks(wanted, model, material.take(np.flatnonzero((fold != 0) & (ids != k))))
         good = material.take(np.flatnonzero((fold == 0) & (ids != k)))
-        kept.append(_aurocs(bank, model, good, material.take(np.flatnonzero(ids == k))))
+        kept.append(_aurocs(banks, model, good, material.take(np.flatnonzero(ids == k))))
+    trials = []
+    for b, bank in enumerate(banks):
+        cost = cost_of(bank, model, material.pixels[:1])
+        for r, reduction in enumerate(_reductions(bank.settings)):
+            values = [row[b][r] for row in synthetic]
+            clusters = float(np.mean([row[b][r] for row in kept])) if kept else None
+            settings = wanted[b].model_copy(update={"reduce": reduction})
+            trials.append(Trial(settings, float(np.mean(values)), clusters, max(values) - min(values), cost))
+    return pick(trials)
+
+
+def pick(trials: Sequence[Trial]) -> Choice:
+    """The best by the criterion; of those that are as good, the cheapest."""
+    ranked = sorted(trials, key=lambda trial: -trial.criterion)
+    close = [trial for trial in ranked if trial.criterion >= ranked[0].criterion - CLOSE]
+    return Choice(ranked, min(close, key=lambda trial: trial.cost))
+
+
+def _affordable(wanted: Sequence[BankSettings], model: ClusterModel, material: Material) -> list[BankSettings]:
+    """Those whose cost is within their bound; found out before anything is learned."""
+    maps = next(maps_of(union_of(wanted), model, material.pixels[:1]))
+    of_encoder = encoder_operations(model, material.pixels[:1])
     found = []
-    for n, reduction in enumerate(REDUCTIONS if settings.cells == "patches" else REDUCTIONS[:1]):
-        values = [row[n] for row in synthetic]
-        clusters = float(np.mean([row[n] for row in kept])) if kept else None
-        own = settings.model_copy(update={"reduce": reduction})
-        found.append(Trial(own, float(np.mean(values)), clusters, max(values) - min(values), cost))
+    for settings in wanted:
+        empty = Bank(settings, [maps[layer].shape[1] for layer in settings.layers]).to(model.centroids.device)
+        if bank_operations(empty, maps) <= settings.max_cost * of_encoder:
+            found.append(settings)
+    if not found:
+        raise DataError(
+            f"novelty.bank is auto, but every bank that is tried costs more than its bound for encoder {model.encoder.settings.name} "
+            f"(novelty.bank.max_cost); name a smaller one"
+        )
     return found
 
 
-def _aurocs(bank: Bank, model: ClusterModel, good: Material, strange: Material) -> list[float]:
-    """Of each reduction, good parts against strange ones."""
-    maps = [_distances(bank, model, part) for part in (good, strange)]
-    truth = np.repeat([0, 1], [len(maps[0]), len(maps[1])])
-    reductions = REDUCTIONS if bank.settings.cells == "patches" else REDUCTIONS[:1]
-    scores = [torch.cat([bank.reduce(m, reduction) for m in maps]).cpu().numpy() for reduction in reductions]
-    return [float(roc_auc_score(truth, score)) for score in scores]
+def _reductions(settings: BankSettings) -> tuple[Reduction, ...]:
+    return REDUCTIONS if settings.cells == "patches" else REDUCTIONS[:1]
 
 
 @torch.no_grad()
-def _distances(bank: Bank, model: ClusterModel, part: Material) -> Tensor:
-    found, first = [], 0
-    for maps in maps_of(bank.settings, model, part.pixels):
-        cells = bank.cells(maps)
-        found.append(bank.ordinary(cells, part.clusters[first : first + len(cells)]))
-        first += len(cells)
-    return torch.cat(found)
+def _aurocs(banks: Sequence[Bank], model: ClusterModel, good: Material, strange: Material) -> list[list[float]]:
+    """Of each bank and reduction, good parts against strange ones."""
+    of_good, of_strange = (_scores(banks, model, part) for part in (good, strange))
+    truth = np.repeat([0, 1], [len(good.pixels), len(strange.pixels)])
+    return [
+        [float(roc_auc_score(truth, np.concatenate(pair))) for pair in zip(a, b, strict=True)]
+        for a, b in zip(of_good, of_strange, strict=True)
+    ]
+
+
+def _scores(banks: Sequence[Bank], model: ClusterModel, part: Material) -> list[list[NDArray[np.float32]]]:
+    """Of each bank and reduction: (N,)."""
+    found: list[list[list[Tensor]]] = [[[] for _ in _reductions(bank.settings)] for bank in banks]
+    first = 0
+    for maps in maps_of(union_of(bank.settings for bank in banks), model, part.pixels):
+        for bank, rows in zip(banks, found, strict=True):
+            cells = bank.cells(maps)
+            distances = bank.ordinary(cells, part.clusters[first : first + len(cells)])
+            for reduction, row in zip(_reductions(bank.settings), rows, strict=True):
+                row.append(bank.reduce(distances, reduction))
+        first += len(next(iter(maps.values())))
+    return [[torch.cat(row).cpu().numpy() for row in rows] for rows in found]
 
 
 def _damaged(good: Material) -> Material:

@@ -32,7 +32,7 @@ def encoder_operations(model: ClusterModel, pixels: Tensor) -> int:
     handles = [layer.register_forward_hook(count) for layer in layers]
     try:
         with evaluating(model):
-            model.encoder(model.preprocess.normalise(pixels.to(model.centroids.device)))
+            model.encoder(model.input_of(pixels.to(model.centroids.device)))
     finally:
         for handle in handles:
             handle.remove()
@@ -56,7 +56,7 @@ def bank_operations(bank: Bank, maps: Mapping[str, Tensor]) -> int:
 def cost_of(bank: Bank, model: ClusterModel, pixels: Tensor) -> float:
     """The bank's multiply-adds as a share of the encoder's, for one image `pixels` (1, h, w, C)."""
     with evaluating(model):
-        x = model.preprocess.normalise(pixels.to(model.centroids.device))
+        x = model.input_of(pixels.to(model.centroids.device))
         maps = model.encoder.with_maps(x, bank.settings.layers)[1]
     return bank_operations(bank, maps) / max(1, encoder_operations(model, pixels))
 

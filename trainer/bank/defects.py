@@ -107,7 +107,7 @@ def _frayed(rng: np.random.Generator, x: Picture, other: Picture) -> tuple[Pictu
 def _bent(rng: np.random.Generator, x: Picture, other: Picture) -> tuple[Picture, Mask]:
     height, width = x.shape[:2]
     mask = _softened(_blob(rng, x.shape[:2], 0.05, 0.22), 4)
-    across, down = (rng.normal(0, 0.02 * width, (4, 4)).astype(np.float32) for _ in range(2))
+    across, down = (rng.normal(0, max(1.0, 0.02 * width), (4, 4)).astype(np.float32) for _ in range(2))
     rows, columns = np.mgrid[0:height, 0:width].astype(np.float32)
     columns += cv2.resize(across, (width, height), interpolation=cv2.INTER_CUBIC) * mask
     rows += cv2.resize(down, (width, height), interpolation=cv2.INTER_CUBIC) * mask

@@ -17,6 +17,22 @@ from trainer.bank.settings import BankSettings
 from trainer.errors import DataError
 
 
+class Moments:
+    """Sums over good parts, place by place: of cells (P, d) and of their products (P, d, d), in double precision."""
+
+    def __init__(self) -> None:
+        self.count, self.grid = 0, (1, 1)
+        self.first = self.second = torch.zeros(())
+
+    def add(self, cells: Tensor) -> None:
+        """Of a batch (B, d, h, w)."""
+        self.grid = (cells.shape[2], cells.shape[3])
+        rows = cells.flatten(2).permute(2, 0, 1).double()  # (P, B, d)
+        self.count += rows.shape[1]
+        self.first = self.first + rows.sum(1)
+        self.second = self.second + rows.transpose(1, 2) @ rows
+
+
 class Gaussians(nn.Module):
     """`mean` (P, 1, d) and `factor` (P, d, d) of the P places of a grid."""
 
@@ -43,25 +59,30 @@ class Gaussians(nn.Module):
         Raises:
             DataError: fewer than two parts.
         """
-        count, grid = 0, (1, 1)
-        first = second = torch.zeros(())
+        moments = Moments()
         for cells in batches:
-            grid = (cells.shape[2], cells.shape[3])
-            rows = cells.flatten(2).permute(2, 0, 1).double()  # (P, B, d)
-            count += rows.shape[1]
-            first = first + rows.sum(1)
-            second = second + rows.transpose(1, 2) @ rows
-        if count < 2:
-            raise DataError(f"novelty.bank.learn is gaussian, but {count} good part(s) were given, expected at least 2")
-        mean = self._shared(first / count, grid)
-        moments = self._shared((second / count).flatten(1), grid).unflatten(1, (mean.shape[1], mean.shape[1]))
-        covariance = moments - mean[:, :, None] * mean[:, None, :]
-        identity = torch.eye(mean.shape[1], dtype=torch.float64, device=mean.device)
+            moments.add(cells)
+        self.take(moments)
+
+    @torch.no_grad()
+    def take(self, moments: Moments) -> None:
+        """Mean and factor from what was added up.
+
+        Raises:
+            DataError: fewer than two parts.
+        """
+        if moments.count < 2:
+            raise DataError(
+                f"novelty.bank.learn is gaussian, but {moments.count} good part(s) were given, expected at least 2"
+            )
+        mean = self._shared(moments.first / moments.count, moments.grid)
+        dim = mean.shape[1]
+        second = self._shared((moments.second / moments.count).flatten(1), moments.grid).unflatten(1, (dim, dim))
+        covariance = second - mean[:, :, None] * mean[:, None, :]
+        identity = torch.eye(dim, dtype=torch.float64, device=mean.device)
         inverse = torch.linalg.inv(covariance + self.settings.regularise * identity)
-        self.mean, self.factor = (
-            mean[:, None].float(),
-            torch.linalg.cholesky((inverse + inverse.transpose(1, 2)) / 2).float(),
-        )
+        self.mean = mean[:, None].float()
+        self.factor = torch.linalg.cholesky((inverse + inverse.transpose(1, 2)) / 2).float()
 
     def _shared(self, moments: Tensor, grid: tuple[int, int]) -> Tensor:
         """Moments (P, m), averaged over the cells around each place."""

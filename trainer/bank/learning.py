@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -12,12 +12,13 @@ from torch import Tensor
 
 from trainer.bank.bank import Bank
 from trainer.bank.centres import Centres
+from trainer.bank.gaussians import Gaussians, Moments
 from trainer.bank.settings import BankSettings
 from trainer.clustering.kmeans import distinct_rows
 from trainer.errors import DataError
 from trainer.model import ClusterModel, evaluating
 
-SAMPLED_CELLS = 30_000
+SAMPLED_CELLS = 20_000
 BATCH = 16  # images at once: below 32 MB for a map of distances, allocators keep their memory
 
 
@@ -41,55 +42,85 @@ def learn_bank(settings: BankSettings, model: ClusterModel, material: Material) 
     """A bank whose `patch_radius` is still 1.
 
     Raises:
-        DataError: the encoder has no such layers, the stride leaves no cell, or the good parts are all alike.
+        DataError: the encoder has no such layers, or the good parts are all alike.
     """
-    model.encoder.check_layers(settings.layers)
-    if settings.cells == "image":  # more directions than parts are not there
-        settings = settings.model_copy(update={"dim": max(1, min(settings.dim, len(material.pixels) - 1))})
-    maps = next(maps_of(settings, model, material.pixels[:1]))
-    bank = Bank(settings, [maps[layer].shape[1] for layer in settings.layers]).to(model.centroids.device)
-    if 0 in bank.cells(maps).shape:
-        grids = ", ".join(f"{maps[layer].shape[2]}x{maps[layer].shape[3]}" for layer in settings.layers)
-        raise DataError(
-            f"novelty.bank.stride is {settings.stride}, but the maps of {', '.join(settings.layers)} have {grids} cells, "
-            f"expected a stride that leaves one; stride 1 leaves all"
-        )
-    rows, image = sample_cells(bank, model, material)
-    # Copies of one image are alike too, though its cells are not.
-    if distinct_rows(rows, 2) < 2 or bool((material.pixels == material.pixels[:1]).all()):
+    (bank,) = learn_banks([settings], model, material)
+    return bank
+
+
+@torch.no_grad()
+def learn_banks(wanted: Sequence[BankSettings], model: ClusterModel, material: Material) -> list[Bank]:
+    """Several banks of the same good parts in one or two passes of the encoder; each as `learn_bank` gives it alone."""
+    layers = union_of(wanted)
+    model.encoder.check_layers(layers)
+    maps = next(maps_of(layers, model, material.pixels[:1]))
+    device, count = model.centroids.device, len(material.pixels)
+    banks = [Bank(s, [maps[layer].shape[1] for layer in s.layers]) for s in (_bounded(s, count) for s in wanted)]
+    banks = [bank.to(device) for bank in banks]
+    for bank, (rows, image) in zip(banks, sample_cells(banks, model, material), strict=True):
+        _fit_cells(bank, rows, image, material)
+    gaussians = [(bank.cells, bank.ordinary, Moments()) for bank in banks if isinstance(bank.ordinary, Gaussians)]
+    if gaussians:
+        for maps in maps_of(layers, model, material.pixels):
+            for cells, _, moments in gaussians:
+                moments.add(cells(maps))
+        for _, ordinary, moments in gaussians:
+            ordinary.take(moments)
+    return [bank.eval() for bank in banks]
+
+
+def _bounded(settings: BankSettings, count: int) -> BankSettings:
+    """Of whole images there are no more directions than parts."""
+    if settings.cells == "patches":
+        return settings
+    return settings.model_copy(update={"dim": max(1, min(settings.dim, count - 1))})
+
+
+def _fit_cells(bank: Bank, rows: Tensor, image: Tensor, material: Material) -> None:
+    """The linear map, and the centres where there are some."""
+    if distinct_rows(rows, 2) < 2:
         raise DataError(
             f"novelty.bank finds nothing to learn: all {len(material.pixels)} good parts look alike to its layers "
-            f"{', '.join(settings.layers)}; record different parts, or leave novelty.bank out"
+            f"{', '.join(bank.settings.layers)}; record different parts, or leave novelty.bank out"
         )
-    bank.cells.fit(rows, settings.whiten)
+    bank.cells.fit(rows, bank.settings.whiten)
     if isinstance(bank.ordinary, Centres):
         groups = torch.from_numpy(np.unique(material.groups, return_inverse=True)[1])
         z = bank.cells.project(rows)
         bank.ordinary.fit(z, groups[image].to(z.device), material.clusters.cpu()[image].to(z.device), material.seed)
-    else:
-        bank.ordinary.fit(bank.cells(maps) for maps in maps_of(settings, model, material.pixels))
-    return bank.eval()
+
+
+def union_of(wanted: Iterable[BankSettings]) -> tuple[str, ...]:
+    """The layers of all of them, each once."""
+    return tuple(dict.fromkeys(layer for settings in wanted for layer in settings.layers))
 
 
 @torch.no_grad()
-def maps_of(settings: BankSettings, model: ClusterModel, pixels: Tensor) -> Iterator[dict[str, Tensor]]:
-    """The maps of the settings' layers, batch by batch, in eval mode."""
+def maps_of(layers: Sequence[str], model: ClusterModel, pixels: Tensor) -> Iterator[dict[str, Tensor]]:
+    """The maps of these layers, batch by batch, in eval mode."""
     with evaluating(model):
         for part in pixels.split(BATCH):
-            x = model.preprocess.normalise(part.to(model.centroids.device))
-            yield model.encoder.with_maps(x, settings.layers)[1]
+            x = model.input_of(part.to(model.centroids.device))
+            yield model.encoder.with_maps(x, layers)[1]
 
 
 @torch.no_grad()
-def sample_cells(bank: Bank, model: ClusterModel, material: Material) -> tuple[Tensor, Tensor]:
-    """Rows (n, F) before the linear map and the image that each is of (n,): SAMPLED_CELLS, the same number of each image, at random places."""
+def sample_cells(banks: Sequence[Bank], model: ClusterModel, material: Material) -> list[tuple[Tensor, Tensor]]:
+    """Of each bank: rows (n, F) before the linear map and the image that each is of (n,).
+
+    SAMPLED_CELLS, the same number of each image, at random places; all cells where there are fewer.
+    """
     each = max(1, -(-SAMPLED_CELLS // len(material.pixels)))
-    generator = torch.Generator().manual_seed(material.seed)
-    rows, count = [], 0
-    for maps in maps_of(bank.settings, model, material.pixels):
-        cells = bank.cells.gather(maps).flatten(2).transpose(1, 2)  # (B, h w, F)
-        count = min(each, cells.shape[1])
-        # Drawn on the processor: the same on every device.
-        drawn = torch.stack([torch.randperm(cells.shape[1], generator=generator)[:count] for _ in cells])
-        rows.append(cells.gather(1, drawn.to(cells.device)[..., None].expand(-1, -1, cells.shape[2])).flatten(0, 1))
-    return torch.cat(rows).float(), torch.arange(len(material.pixels)).repeat_interleave(count)
+    generators = [torch.Generator().manual_seed(material.seed) for _ in banks]
+    rows: list[list[Tensor]] = [[] for _ in banks]
+    for maps in maps_of(union_of(bank.settings for bank in banks), model, material.pixels):
+        for bank, generator, found in zip(banks, generators, rows, strict=True):
+            cells = bank.cells.gather(maps).flatten(2).transpose(1, 2)  # (B, h w, F)
+            count = min(each, cells.shape[1])
+            # Drawn on the processor: the same on every device.
+            drawn = torch.stack([torch.randperm(cells.shape[1], generator=generator)[:count] for _ in cells])
+            drawn = drawn.to(cells.device)[..., None].expand(-1, -1, cells.shape[2])
+            found.append(cells.gather(1, drawn).flatten(0, 1).float())
+    samples = [torch.cat(found) for found in rows]
+    images = torch.arange(len(material.pixels))
+    return [(sample, images.repeat_interleave(len(sample) // len(images))) for sample in samples]

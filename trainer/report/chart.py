@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 PALETTE = ("#3b6fb6", "#d1802f", "#4b9a6a", "#9b5aa5", "#b5484a", "#6b7785")
 WIDTH_PX, BAR_PX, HISTOGRAM_PX, CURVE_PX, STEPS_PX = 640, 22, 180, 200, 220
 N_BINS = 48
+FAR_EDGES = 2.0  # where a staircase ends on the right: what lies further says nothing about the edge
 
 
 def bars(rows: Sequence[tuple[str, int]]) -> str:
@@ -109,46 +110,59 @@ class Steps:
 
 
 def steps(curve: Steps, edge: tuple[float, str], levels: Mapping[str, float], top: float, unit: str) -> str:
-    """The staircase and its band up to the share `top`, a vertical line at `edge`, horizontal ones at `levels`; `unit` names the x axis."""
+    """The staircase and its band, near `edge` and up to the share `top`; a vertical line at `edge`, horizontal ones at `levels`; `unit` names the x axis."""
     below = np.flatnonzero(curve.y <= top)
     left = min(float(curve.x[below[0]]) if len(below) else edge[0], 0.95 * edge[0])
-    right = max(float(curve.x[-1]) * 1.03, 1.15 * edge[0])
+    right = min(max(float(curve.x[-1]) * 1.03, 1.15 * edge[0]), FAR_EDGES * edge[0])
     base = STEPS_PX - 24
 
-    def at(x: float, y: float) -> str:
-        across = 50 + (min(max(x, left), right) - left) / (right - left) * (WIDTH_PX - 70)
-        return f"{across:.1f},{base - min(y, top) / top * (base - 12):.1f}"
+    def across(x: float) -> float:
+        return 50 + (x - left) / (right - left) * (WIDTH_PX - 70)
 
-    # Between two scores the truth is below what the left one allows and above what the right one does.
-    x = [left, *curve.x.tolist(), right]
-    high, low = [1.0, *curve.high.tolist()], [*curve.low.tolist(), 0.0]
-    y = [1.0, *curve.y.tolist()]
-    upper = [at(end, v) for v, start, stop in zip(high, x[:-1], x[1:], strict=True) for end in (start, stop)]
-    lower = [at(end, v) for v, start, stop in zip(low, x[:-1], x[1:], strict=True) for end in (start, stop)]
-    line = [at(end, v) for v, start, stop in zip(y, x[:-1], x[1:], strict=True) for end in (start, stop)]
-    colour, red = PALETTE[0], PALETTE[4]
-    edge_px = at(edge[0], 0).split(",")[0]
+    def up(y: float) -> float:
+        return base - min(y, top) / top * (base - 12)
+
+    colour, red, edge_px = PALETTE[0], PALETTE[4], across(edge[0])
+    upper, middle, lower = (
+        [f"{across(x):.1f},{up(y):.1f}" for x, y in corners] for corners in _corners(curve, left, right)
+    )
     parts = [
         f'<polygon points="{" ".join(upper + lower[::-1])}" fill="{colour}" fill-opacity=".15"/>',
-        f'<polyline points="{" ".join(line)}" fill="none" stroke="{colour}" stroke-width="1.5"/>',
-        f'<line x1="{edge_px}" x2="{edge_px}" y1="4" y2="{base}" stroke="{red}" stroke-dasharray="5 3"/>',
-        f'<text x="{float(edge_px) + 5:.1f}" y="14" fill="{red}">{edge[0]:g} = {escape(edge[1])}</text>',
+        f'<polyline points="{" ".join(middle)}" fill="none" stroke="{colour}" stroke-width="1.5"/>',
+        f'<line x1="{edge_px:.1f}" x2="{edge_px:.1f}" y1="4" y2="{base}" stroke="{red}" stroke-dasharray="5 3"/>',
+        f'<text x="{edge_px + 5:.1f}" y="14" fill="{red}">{edge[0]:g} = {escape(edge[1])}</text>',
         f'<line x1="50" x2="{WIDTH_PX - 20}" y1="{base}" y2="{base}" stroke="currentColor"/>',
     ]
     for n, (name, level) in enumerate(levels.items()):
-        height, hue = at(right, level).split(",")[1], PALETTE[1 + n]
+        hue = PALETTE[1 + n]
         parts.append(
-            f'<line x1="50" x2="{WIDTH_PX - 20}" y1="{height}" y2="{height}" stroke="{hue}" stroke-dasharray="2 3"/>'
-            f'<text x="{WIDTH_PX - 20}" y="{float(height) - 4:.1f}" text-anchor="end" fill="{hue}">{escape(name)}</text>'
+            f'<line x1="50" x2="{WIDTH_PX - 20}" y1="{up(level):.1f}" y2="{up(level):.1f}" stroke="{hue}" stroke-dasharray="2 3"/>'
+            f'<text x="{WIDTH_PX - 20}" y="{up(level) - 4:.1f}" text-anchor="end" fill="{hue}">{escape(name)}</text>'
         )
-    for n in range(5):
-        value, place = at(left + n / 4 * (right - left), n / 4 * top).split(",")
-        parts.append(
-            f'<text x="{value}" y="{base + 16}" text-anchor="middle">{left + n / 4 * (right - left):.2f}</text>'
-        )
-        parts.append(f'<text x="44" y="{float(place) + 4:.1f}" text-anchor="end">{n / 4 * top:.2g}</text>')
+    parts += [
+        f'<text x="{across(x):.1f}" y="{base + 16}" text-anchor="middle">{x:g}</text>' for x in _round(left, right)
+    ]
+    parts += [f'<text x="44" y="{up(y) + 4:.1f}" text-anchor="end">{100 * y:g} %</text>' for y in _round(0.0, top)]
     parts.append(f'<text x="{WIDTH_PX - 20}" y="{STEPS_PX + 6}" text-anchor="end">{escape(unit)}</text>')
     return _svg(STEPS_PX + 10, "".join(parts))
+
+
+def _corners(curve: Steps, left: float, right: float) -> list[list[tuple[float, float]]]:
+    """Points of the upper bound, the share and the lower bound, from `left` to `right`."""
+    x = np.array([-np.inf, *curve.x, np.inf])
+    # Between two scores the truth is below what the left one allows and above what the right one does.
+    bounds = ([1.0, *curve.high], [1.0, *curve.y], [*curve.low, 0.0])
+    there = np.flatnonzero((x[:-1] < right) & (x[1:] > left))
+    ends = [(max(left, float(x[n])), min(right, float(x[n + 1]))) for n in there]
+    return [[(end, float(y[n])) for n, pair in zip(there, ends, strict=True) for end in pair] for y in bounds]
+
+
+def _round(low: float, high: float) -> list[float]:
+    """Four to ten round numbers from `low` to `high`."""
+    ideal = (high - low) / 4
+    decade = 10.0 ** np.floor(np.log10(ideal))
+    step = decade * max(m for m in (1, 2, 5) if m * decade <= ideal)
+    return [round(float(n * step), 10) for n in range(int(np.ceil(low / step - 1e-9)), int(high / step + 1e-9) + 1)]
 
 
 def _svg(height: int, body: str) -> str:

@@ -63,9 +63,9 @@ def curve_section(curve: FalseRejects, novelty: dict[str, Any]) -> str:
     """HTML: the curve and how to read it. `novelty` is that of model.json, of a calibrated run."""
     share, low, high = curve.at(1.0)
     target, promised = novelty["target_frr"], novelty["promised_frr"]
-    levels = {f"target {target:.3g}": target}
+    levels = {f"target {100 * target:.3g} %": target}
     if promised > target:
-        levels[f"promised {promised:.3g}"] = promised
+        levels[f"promised {100 * promised:.3g} %"] = promised
     top = min(1.0, max(SHOWN * high, 2 * promised))
     drawn = chart.Steps(curve.threshold, curve.share, curve.low, curve.high)
     what = "groups with a part" if novelty["unit"] == "group" else "good parts"

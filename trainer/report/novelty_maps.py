@@ -27,8 +27,11 @@ Picture = NDArray[np.uint8]
 
 
 def overlay(picture: Picture, edges: NDArray[np.float32]) -> Picture:
-    """The map `edges` (h, w), 1 = the edge, laid over a picture (H, W, 3 or 1) of the same view: (H, W, 3) BGR."""
-    grey = cv2.cvtColor(picture, cv2.COLOR_BGR2GRAY) if picture.shape[2] == 3 else picture[..., 0]
+    """The map `edges` (h, w), 1 = the edge, laid over a picture (H, W, 3), (H, W, 1) or (H, W) of the same view: (H, W, 3) BGR."""
+    # OpenCV drops the axis of a single channel when it resizes.
+    grey = (
+        cv2.cvtColor(picture, cv2.COLOR_BGR2GRAY) if picture.shape[2:] == (3,) else picture.reshape(picture.shape[:2])
+    )
     size = (picture.shape[1], picture.shape[0])
     fine = np.asarray(cv2.resize(edges, size, interpolation=cv2.INTER_LINEAR), np.float32)
     mixed = heat(np.asarray(grey, np.float32), fine)

@@ -3,8 +3,11 @@
 import numpy as np
 
 
-def head(embedding, tensors, l2):
-    """Outputs for `embedding` (N, D) float32 with `tensors`: novelty_threshold and the six of a codebook."""
+def head(embedding, tensors, l2, patch_score=None):
+    """Outputs for `embedding` (N, D) float32 with `tensors`: novelty_threshold and the six of a codebook.
+
+    `patch_score` (N,) of a model with a bank joins the raw score; no codebook changes it.
+    """
     z = embedding
     if l2:
         z = embedding / np.maximum(np.linalg.norm(embedding, axis=1, keepdims=True), 1e-12)
@@ -12,6 +15,8 @@ def head(embedding, tensors, l2):
     cluster_id = distances.argmin(1)
     novelty_distance = np.sqrt(np.square(embedding - tensors["cluster_mean"][cluster_id]).sum(1))
     s = novelty_distance / tensors["cluster_radius"][cluster_id]
+    if patch_score is not None:
+        s = np.maximum(s, patch_score)
     weight = tensors["calibration_weight"]
     above = np.where(tensors["calibration"][None] >= s[:, None], weight[None], 0).sum(1)
     novelty_score = s / tensors["novelty_scale"]

@@ -16,6 +16,12 @@ OUTPUTS = {
     "distances": "<f4",
     "embedding": "<f4",
 }
+PATCH_OUTPUTS = {"patch_score": "<f4", "novelty_map": "<f4"}  # of a model with a bank
+
+
+def outputs_of(map_cells):
+    """Names and types of a case's outputs; `map_cells`: how many cells its novelty_map has, 0 without a bank."""
+    return {**OUTPUTS, **PATCH_OUTPUTS} if map_cells else OUTPUTS
 
 
 def read_cases(material):
@@ -42,19 +48,20 @@ def batches(material, part):
 class AnswerFile:
     """Collects one case's answers and writes a file per output."""
 
-    def __init__(self):
-        self._values = {name: [] for name in OUTPUTS}
+    def __init__(self, case):
+        self._outputs = outputs_of(case["map_cells"])
+        self._values = {name: [] for name in self._outputs}
 
     def add(self, outputs):
         """One run's outputs by name."""
-        for name in OUTPUTS:
+        for name in self._outputs:
             self._values[name].append(np.asarray(outputs[name]))
 
     def write(self, folder):
         """Makes `folder` with a `<output>.bin` each."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        for name, dtype in OUTPUTS.items():
+        for name, dtype in self._outputs.items():
             np.concatenate(self._values[name]).astype(dtype).tofile(folder / (name + ".bin"))
 
 

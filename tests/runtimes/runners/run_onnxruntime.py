@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import onnxruntime as ort
-from reading import OUTPUTS, AnswerFile, attempt, batches, read_cases, read_tensors, write_runtime
+from reading import AnswerFile, attempt, batches, outputs_of, read_cases, read_tensors, write_runtime
 
 
 def run_case(material, case, provider):
@@ -15,12 +15,12 @@ def run_case(material, case, provider):
     session = ort.InferenceSession(str(Path(material) / case["model"]), options, providers=[provider])
     if session.get_providers()[0] != provider:
         raise RuntimeError(f"onnxruntime chose {session.get_providers()}, expected {provider}")
-    answers = AnswerFile()
+    answers, names = AnswerFile(case), list(outputs_of(case["map_cells"]))
     for part in case["parts"]:
         feed = read_tensors(material, case["overrides"][part["overrides"]]) if part["overrides"] else {}
         for frames in batches(material, part):
-            values = session.run(list(OUTPUTS), {"image": frames, **feed})
-            answers.add(dict(zip(OUTPUTS, values)))
+            values = session.run(names, {"image": frames, **feed})
+            answers.add(dict(zip(names, values)))
     return answers
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import openvino as ov
 from head import head
-from reading import OUTPUTS, AnswerFile, attempt, batches, read_cases, read_tensors, write_runtime
+from reading import PATCH_OUTPUTS, AnswerFile, attempt, batches, outputs_of, read_cases, read_tensors, write_runtime
 
 # Without this, processors with bf16 compute in bf16: another model, with other answers.
 PRECISION = {"INFERENCE_PRECISION_HINT": "f32"}
@@ -24,16 +24,18 @@ def run_case(material, case):
     if names != ["image"]:
         raise RuntimeError(f"OpenVINO's reader gives the inputs {names}, expected image alone: feed them")
     compiled = core.compile_model(model, "CPU", PRECISION)
-    answers = AnswerFile()
+    answers, names = AnswerFile(case), outputs_of(case["map_cells"])
     codebook = read_tensors(material, case["codebook"])
     for part in case["parts"]:
         feed = read_tensors(material, case["overrides"][part["overrides"]]) if part["overrides"] else None
         for frames in batches(material, part):
             result = compiled({"image": frames})
-            outputs = {name: np.array(result[name]) for name in OUTPUTS}
+            outputs = {name: np.array(result[name]) for name in names}
             if feed is not None:
                 threshold = {"novelty_threshold": np.ones(1, np.float32)}
-                outputs = head(outputs["embedding"], {**threshold, **codebook, **feed}, case["l2"])
+                patches = {name: outputs[name] for name in PATCH_OUTPUTS if name in names}
+                tensors = {**threshold, **codebook, **feed}
+                outputs = {**head(outputs["embedding"], tensors, case["l2"], patches.get("patch_score")), **patches}
             answers.add(outputs)
     return answers
 

@@ -1,7 +1,9 @@
 // The graph's head in JavaScript: onnxruntime-web refuses to override an input that has an initialiser. As runners/head.py; docs/runtimes.md shows it.
 // `embedding`: Float32Array (D); `t`: novelty_threshold and the six tensors of a codebook, as Float32Arrays.
 
-export function head(embedding, t, l2) {
+// `patchScore`: of a model with a bank; it joins the raw score, and no codebook changes it.
+
+export function head(embedding, t, l2, patchScore = 0) {
   const D = embedding.length, K = t.cluster_radius.length;
   const norm = l2 ? Math.max(Math.hypot(...embedding), 1e-12) : 1;
   const apart = (rows, k, scale) => {
@@ -11,7 +13,7 @@ export function head(embedding, t, l2) {
   };
   const distances = Float32Array.from({ length: K }, (_, k) => apart(t.centroids, k, norm));
   const id = distances.indexOf(distances.reduce((a, b) => Math.min(a, b)));
-  const s = apart(t.cluster_mean, id, 1) / t.cluster_radius[id];
+  const s = Math.max(apart(t.cluster_mean, id, 1) / t.cluster_radius[id], patchScore);
   let above = 0, all = 0;
   t.calibration.forEach((c, m) => { all += t.calibration_weight[m]; if (c >= s) above += t.calibration_weight[m]; });
   const score = s / t.novelty_scale[0];

@@ -11,6 +11,9 @@ const OUTPUTS = {
   is_novel: Uint8Array, distances: Float32Array, embedding: Float32Array,
 };
 
+const PATCH_OUTPUTS = { patch_score: Float32Array, novelty_map: Float32Array };   // of a model with a bank
+const outputsOf = (test) => (test.map_cells ? { ...OUTPUTS, ...PATCH_OUTPUTS } : OUTPUTS);
+
 const AHEAD_BYTES = 8_000_000;
 
 async function fetched(url) {
@@ -34,14 +37,15 @@ async function tensors(entries) {
 const post = (path, body) => fetch(path, { method: "POST", body });
 
 class Answers {
-  constructor(rows) {
+  constructor(rows, names) {
     this.rows = rows;
-    this.filled = Object.fromEntries(Object.keys(OUTPUTS).map((name) => [name, 0]));
+    this.names = names;
+    this.filled = Object.fromEntries(Object.keys(names).map((name) => [name, 0]));
     this.values = {};
   }
 
   add(outputs, n) {
-    for (const [name, kind] of Object.entries(OUTPUTS)) {
+    for (const [name, kind] of Object.entries(this.names)) {
       const data = outputs[name];
       this.values[name] ??= new kind(this.rows * (data.length / n));
       this.values[name].set(data, this.filled[name]);
@@ -50,13 +54,14 @@ class Answers {
   }
 
   async send(name) {
-    for (const output of Object.keys(OUTPUTS)) await post(`/answers/${name}/${output}.bin`, this.values[output]);
+    for (const output of Object.keys(this.names)) await post(`/answers/${name}/${output}.bin`, this.values[output]);
   }
 }
 
-function outsideHead(embeddings, n, t, l2) {
-  const D = embeddings.length / n;
-  const rows = Array.from({ length: n }, (_, i) => head(embeddings.subarray(i * D, (i + 1) * D), t, l2));
+function outsideHead(data, n, t, l2) {
+  const D = data.embedding.length / n;
+  const rows = Array.from({ length: n },
+    (_, i) => head(data.embedding.subarray(i * D, (i + 1) * D), t, l2, data.patch_score?.[i]));
   const joined = {};
   for (const [name, kind] of Object.entries(OUTPUTS)) {
     const values = rows.flatMap((row) => (name === "distances" || name === "embedding" ? [...row[name]] : [row[name]]));
@@ -65,7 +70,7 @@ function outsideHead(embeddings, n, t, l2) {
   return joined;
 }
 
-async function runPart(session, part, feed, l2, about) {
+async function runPart(session, part, feed, test, about) {
   const answers = [];
   const size = part.height * part.width * 3;
   const ahead = part.batch * Math.max(1, Math.floor(AHEAD_BYTES / (size * part.batch)));   // frames fetched at once
@@ -91,8 +96,8 @@ async function runPart(session, part, feed, l2, about) {
     }
     const outside = feed && !outputs;
     outputs ??= await session.run({ image });
-    let data = Object.fromEntries(Object.keys(OUTPUTS).map((name) => [name, outputs[name].data]));
-    if (outside) data = outsideHead(data.embedding, n, feed.all, l2);
+    let data = Object.fromEntries(Object.keys(outputsOf(test)).map((name) => [name, outputs[name].data]));
+    if (outside) data = { ...data, ...outsideHead(data, n, feed.all, test.l2) };
     answers.push([data, n]);
     Object.values(outputs).forEach((tensor) => tensor.dispose?.());
   }
@@ -103,7 +108,7 @@ async function runCase(test, about) {
   const session = await ort.InferenceSession.create(await bytes(test.model), { executionProviders: ["wasm"] });
   about.inputs = session.inputNames;
   const base = await tensors(test.codebook);
-  const answers = new Answers(test.parts.reduce((sum, part) => sum + part.count, 0));
+  const answers = new Answers(test.parts.reduce((sum, part) => sum + part.count, 0), outputsOf(test));
   for (const part of test.parts) {
     let feed = null;
     if (part.overrides) {
@@ -111,7 +116,7 @@ async function runCase(test, about) {
       const all = { novelty_threshold: new ort.Tensor("float32", new Float32Array([1]), [1]), ...base, ...given };
       feed = { given, all: Object.fromEntries(Object.entries(all).map(([name, tensor]) => [name, tensor.data])) };
     }
-    for (const [data, n] of await runPart(session, part, feed, test.l2, about)) answers.add(data, n);
+    for (const [data, n] of await runPart(session, part, feed, test, about)) answers.add(data, n);
   }
   await answers.send(test.name);
   await session.release();
