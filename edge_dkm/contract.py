@@ -148,7 +148,7 @@ class Metadata:
     @property
     def has_patches(self) -> bool:
         """Whether the graph looks at patches too: `patch_score` joins the raw score, `novelty_map` shows where."""
-        return "patch" in self.novelty
+        return "bank" in self.novelty
 
     @property
     def head_inputs(self) -> tuple[str, ...]:

@@ -73,7 +73,7 @@ class FusedModel(nn.Module):
         embedding = model.projection(features)  # (N, D)
         distances = self._distances(model.projection.to_cluster_space(embedding), centroids)  # (N, K)
         distance, cluster_id = distances.min(1)
-        patches = () if model.bank is None else model.bank(maps, cluster_id)
+        patches = () if model.bank is None else model.bank(maps, self._own_clusters(embedding, cluster_id))
         apart = novelty.novelty_distance(embedding, cluster_mean, cluster_id)
         s = novelty.raw_score(apart, cluster_radius, cluster_id, *patches[:1])
         novelty_score = s / novelty_scale
@@ -81,6 +81,13 @@ class FusedModel(nn.Module):
         is_novel = novelty_score > novelty_threshold
         seams = (pixels, features, *maps.values())
         return (*seams, cluster_id, distance, novelty_score, p_value, is_novel, distances, embedding, *patches)
+
+    def _own_clusters(self, embedding: Tensor, cluster_id: Tensor) -> Tensor:
+        """By the model's own centroids, so that no codebook changes what a bank per cluster says."""
+        if self.model.bank is None or not self.model.bank.settings.per_cluster:
+            return cluster_id
+        own = self.model.centroids.detach()
+        return self._distances(self.model.projection.to_cluster_space(embedding), own).argmin(1)
 
     def _encode(self, x: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         if self.model.bank is None:

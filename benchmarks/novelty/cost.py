@@ -46,7 +46,7 @@ RECIPES = {
     "local contrast, no bank": (CONTRAST,),
     "whole image, 16 neighbours of 1024": (f"novelty.bank={{{NEIGHBOURS}}}",),
 }
-INT8 = [NO_BANK, "k-means 512, d 128", "Gaussians d 80, stride 2, local contrast"]
+INT8 = [NO_BANK, "k-means 512, d 128", "Gaussians d 80, stride 2", "Gaussians d 80, stride 2, local contrast"]
 
 
 @dataclass(frozen=True)

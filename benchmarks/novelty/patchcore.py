@@ -258,7 +258,7 @@ def main() -> None:
         "pixel AUROC",
         "s to learn",
         "ms per image",
-        "size",
+        "million numbers",
     ]
     title = f"PatchCore, coreset of {CORESET:.0%} of {arguments.cells} cells, seeds {arguments.seeds}"
     show_table(f"{title}; ms in PyTorch, {torch.get_num_threads()} thread(s)", header, rows)

@@ -1,6 +1,7 @@
 """Pytest plugin for an environment without the training stack: `-p tests.runtimes.exported_model --noconftest`.
 
-Gives the edge's tests the fixtures of tests/conftest.py from a model that was exported elsewhere, named by EDGE_DKM_EXPORTED.
+Gives the edge's tests the fixtures of tests/conftest.py from models that were exported elsewhere, named by EDGE_DKM_EXPORTED and, of the one
+with a bank, EDGE_DKM_EXPORTED_BANK.
 """
 
 from __future__ import annotations
@@ -15,7 +16,16 @@ import pytest
 @pytest.fixture(scope="session")
 def tiny_model_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """part.onnx with its golden images and digest beside it."""
-    exported, folder = Path(os.environ["EDGE_DKM_EXPORTED"]), tmp_path_factory.mktemp("model")
+    return _copied(Path(os.environ["EDGE_DKM_EXPORTED"]), tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(scope="session")
+def bank_model_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same of a model that looks at patches too."""
+    return _copied(Path(os.environ["EDGE_DKM_EXPORTED_BANK"]), tmp_path_factory.mktemp("bank_model"))
+
+
+def _copied(exported: Path, folder: Path) -> Path:
     for path in exported.parent.glob(f"{exported.name}*"):
         shutil.copy(path, folder / path.name.replace(exported.name, "part.onnx"))
     digest = folder / "part.onnx.sha256"

@@ -24,6 +24,7 @@ from tests.runtimes.runtime import ROOT, RUNNERS
 TESTS = ("test_inspector.py", "test_golden.py", "test_codebook.py", "test_decision.py")
 # They train and export, which needs torch; a fixed frame size is proven by the models `frame` and `none`.
 NEED_TORCH = ("test_a_fixed_size_graph_names_the_size_it_expects",)
+WITH_BANK = "bank"  # of tests/runtimes/models.py
 FOREIGN = ("torch", "onnx", "scipy", "sklearn", "safetensors", "pytest")
 
 
@@ -108,13 +109,14 @@ def _alike(here: Any, there: Any) -> bool:
     return bool(here == there)
 
 
-def check_tests(environment: Path, model: Path) -> str:
-    """The edge's own tests, from the source tree, with a model exported by the newest versions."""
+def check_tests(environment: Path, model: Path, with_bank: Path) -> str:
+    """The edge's own tests, from the source tree, with models exported by the newest versions."""
     paths = [str(ROOT / "tests/edge_dkm" / name) for name in TESTS]
     command = [str(environment / "bin/python"), "-m", "pytest", "-q", "-rs", "--noconftest"]
     command += ["-p", "tests.runtimes.exported_model", "-p", "no:cacheprovider", *paths]
     command += ["-k", " and ".join(f"not {name}" for name in NEED_TORCH)]
-    done = run(command, ROOT, EDGE_DKM_EXPORTED=str(model), OMP_NUM_THREADS="1", PYTHONPATH=str(ROOT))
+    exported = {"EDGE_DKM_EXPORTED": str(model), "EDGE_DKM_EXPORTED_BANK": str(with_bank)}
+    done = run(command, ROOT, OMP_NUM_THREADS="1", PYTHONPATH=str(ROOT), **exported)
     return checked(done).strip().splitlines()[-1] + f"; not run: {', '.join(NEED_TORCH)} (trains)"
 
 
@@ -145,7 +147,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             model, image = material / case.model, write_image(material, case, folder)
             steps.append((f"edge-dkm {case.name}", lambda m=model, i=image: station.check_commands(m, i)))
             steps.append((f"twelve lines {case.name}", lambda m=model, i=image: station.check_twelve_lines(m, i)))
-        steps.append(("tests", lambda: check_tests(environments / "oldest-tests", material / cases[0].model)))
+        with_bank = next((case for case in cases if case.name == WITH_BANK), cases[0])
+        models = material / cases[0].model, material / with_bank.model
+        steps.append(("tests", lambda: check_tests(environments / "oldest-tests", *models)))
         for what, step in steps:
             try:
                 print(f"ok   {what}: {step()}", flush=True)

@@ -33,6 +33,19 @@ def test_a_map_becomes_one_score_by_hand(changes: dict[str, Any], score: float) 
     assert bank(**changes).reduce(FIELD).tolist() == pytest.approx([score, 2.0])
 
 
+def test_blur_spreads_the_map_by_means_of_3x3() -> None:
+    spot = torch.zeros(1, 3, 3)
+    spot[0, 0, 0] = 12.0
+    assert bank(blur=0)._blurred(spot)[0].tolist() == spot[0].tolist()
+    assert bank(blur=1)._blurred(spot)[0].tolist() == [
+        [3.0, 2.0, 0.0],
+        [2.0, pytest.approx(4 / 3), 0.0],
+        [0.0, 0.0, 0.0],
+    ]
+    even = torch.full((2, 4, 5), 7.0)
+    assert torch.allclose(bank(blur=3)._blurred(even), even)
+
+
 def learned(**changes: Any) -> tuple[Bank, dict[str, Tensor]]:
     """A bank on random maps of two layers, and new ones."""
     made = Bank(BankSettings(**{"layers": ("a", "b"), "dim": 4, "size": 16, **changes}), [3, 5])
@@ -56,16 +69,19 @@ KINDS: list[dict[str, Any]] = [
     {"cells": "image", "learn": "sample"},
     {"learn": "gaussian"},
     {"stride": 2, "reduce": "top"},
+    {"blur": 2},
 ]
 
 
 @pytest.mark.parametrize("changes", KINDS)
-def test_score_and_map_are_one_thing(changes: dict[str, Any]) -> None:
+def test_the_score_is_of_the_map_before_it_is_blurred(changes: dict[str, Any]) -> None:
     made, maps = learned(**changes)
     score, field = made(maps, NO_CLUSTER)
     side = {"image": 1}.get(made.settings.cells, 3 if made.settings.stride == 2 else 6)
     assert score.shape == (2,) and field.shape == (2, side, side)
-    assert torch.equal(score, made.reduce(field)) and (field >= 0).all()
+    distances = made.ordinary(made.cells(maps), NO_CLUSTER) / made.patch_radius
+    assert torch.equal(score, made.reduce(distances)) and (field >= 0).all()
+    assert torch.equal(field, distances) == (made.settings.blur == 0)
 
 
 @pytest.mark.parametrize("changes", KINDS)

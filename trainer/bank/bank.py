@@ -3,7 +3,8 @@
     maps --Cells--> cells (B,d,h,w) --Centres or Gaussians--> distances (B,h,w) --/ patch_radius--> novelty_map (B,h,w)
     novelty_map --maximum, top share or mean--> patch_score (B)
 
-`patch_radius` is the median of the reduced distances over held-out good parts, so that 1 is an ordinary part.
+`patch_radius` is the median of the reduced distances over held-out good parts, divided by `weight`, so that an ordinary part has that score.
+Measured (docs/novelty.md): a plain maximum with the embedding's score, both 1 for an ordinary part, ranks worse than the bank alone.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ class Bank(nn.Module):
         return bank.eval()
 
     def forward(self, maps: Mapping[str, Tensor], cluster_id: Tensor) -> tuple[Tensor, Tensor]:
-        """patch_score (B,) and novelty_map (B, h, w), both in units of an ordinary good part's patch_score."""
+        """patch_score (B,) and novelty_map (B, h, w), both in units of `patch_radius`."""
         distances = self.ordinary(self.cells(maps), cluster_id) / self.patch_radius
         return self.reduce(distances), self._blurred(distances)
 

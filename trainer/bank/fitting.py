@@ -63,8 +63,8 @@ def material_of(model: ClusterModel, dataset: Dataset, index: NDArray[np.int64],
 
 
 def set_radius(model: ClusterModel, bank: Bank, pixels: torch.Tensor) -> None:
-    """The median over these good parts becomes patch_score 1."""
+    """The median over these good parts becomes the patch_score `weight`."""
     bank.patch_radius.fill_(1.0)
     scores = model.see(pixels).patch_score
     if scores is not None:
-        bank.patch_radius.fill_(max(float(scores.quantile(0.5)), RADIUS_FLOOR))
+        bank.patch_radius.fill_(max(float(scores.quantile(0.5)) / bank.settings.weight, RADIUS_FLOOR))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -42,7 +42,7 @@ def learn_bank(settings: BankSettings, model: ClusterModel, material: Material) 
     """A bank whose `patch_radius` is still 1.
 
     Raises:
-        DataError: the encoder has no such layers, or the good parts are all alike.
+        DataError: the encoder has no such layers, the stride leaves no cell, or the good parts are all alike.
     """
     (bank,) = learn_banks([settings], model, material)
     return bank
@@ -57,6 +57,8 @@ def learn_banks(wanted: Sequence[BankSettings], model: ClusterModel, material: M
     device, count = model.centroids.device, len(material.pixels)
     banks = [Bank(s, [maps[layer].shape[1] for layer in s.layers]) for s in (_bounded(s, count) for s in wanted)]
     banks = [bank.to(device) for bank in banks]
+    for bank in banks:
+        _check_stride(bank, maps)
     for bank, (rows, image) in zip(banks, sample_cells(banks, model, material), strict=True):
         _fit_cells(bank, rows, image, material)
     gaussians = [(bank.cells, bank.ordinary, Moments()) for bank in banks if isinstance(bank.ordinary, Gaussians)]
@@ -76,9 +78,20 @@ def _bounded(settings: BankSettings, count: int) -> BankSettings:
     return settings.model_copy(update={"dim": max(1, min(settings.dim, count - 1))})
 
 
+def _check_stride(bank: Bank, maps: Mapping[str, Tensor]) -> None:
+    if 0 in bank.cells(maps).shape:
+        layers = bank.settings.layers
+        grids = ", ".join(f"{maps[layer].shape[2]}x{maps[layer].shape[3]}" for layer in layers)
+        raise DataError(
+            f"novelty.bank.stride is {bank.settings.stride}, but the maps of {', '.join(layers)} have {grids} cells, "
+            f"expected a stride that leaves one; stride 1 leaves all"
+        )
+
+
 def _fit_cells(bank: Bank, rows: Tensor, image: Tensor, material: Material) -> None:
     """The linear map, and the centres where there are some."""
-    if distinct_rows(rows, 2) < 2:
+    # Copies of one image are alike too, though its cells are not.
+    if distinct_rows(rows, 2) < 2 or bool((material.pixels == material.pixels[:1]).all()):
         raise DataError(
             f"novelty.bank finds nothing to learn: all {len(material.pixels)} good parts look alike to its layers "
             f"{', '.join(bank.settings.layers)}; record different parts, or leave novelty.bank out"

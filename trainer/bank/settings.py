@@ -21,7 +21,9 @@ class BankSettings(Settings):
     `regularise` times the identity added to its covariance and moments shared with the places `smooth` cells around.
     `neighbours` and `local` (distances in radii of their own centres), `per_cluster` (a cell is compared with the centres of its image's
     cluster alone) and `min_groups` (a centre must be known from so many groups, so that one defect among the good parts makes none) are for
-    centres. `max_cost`: multiply-adds of the bank as a share of the encoder's. `reduce`: the map's maximum, the mean of its `top_share`, or its mean.
+    centres. `max_cost`: multiply-adds of the bank as a share of the encoder's. `weight`: the patch_score of an ordinary part, where the
+    embedding's is 1: with 2 the embedding speaks only for what is far from everything. `reduce`: the map's maximum, the mean of its
+    `top_share`, or its mean.
     """
 
     cells: Literal["patches", "image"] = "patches"
@@ -39,6 +41,7 @@ class BankSettings(Settings):
     regularise: float = Field(0.05, gt=0, le=10)
     smooth: int = Field(0, ge=0, le=4)
     max_cost: float = Field(0.2, gt=0, le=10)
+    weight: float = Field(2.0, ge=1, le=10)
     reduce: Reduction = "max"
     top_share: float = Field(0.1, gt=0, le=1)
     blur: int = Field(

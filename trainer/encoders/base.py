@@ -59,7 +59,7 @@ class Encoder(nn.Module):
             DataError: the encoder has no such map.
         """
         raise DataError(
-            f"encoder {self.settings.name} has no feature maps, which novelty.patch looks at; leave novelty.patch out"
+            f"encoder {self.settings.name} has no feature maps, which novelty.bank looks at; leave novelty.bank out"
         )
 
     def check_layers(self, layers: Sequence[str]) -> None:
@@ -68,7 +68,7 @@ class Encoder(nn.Module):
         if unknown:
             there = ", ".join(self.map_layers) or "none"
             raise DataError(
-                f"novelty.patch.layers names '{unknown[0]}', which encoder {self.settings.name} does not have; it has {there}"
+                f"novelty.bank.layers names '{unknown[0]}', which encoder {self.settings.name} does not have; it has {there}"
             )
 
     def load_pretrained(self) -> None:

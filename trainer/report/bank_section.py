@@ -27,7 +27,7 @@ def bank_section(bank: dict[str, Any]) -> str:
     settings = BankSettings.model_validate(bank["settings"])
     text = (
         f"<h3>The bank</h3><p>{escape(in_words(settings))} A part's distances are divided by {bank['patch_radius']:.3g} "
-        f"(<code>patch_radius</code>), their median over held-out good parts, so that 1 is an ordinary part.{_cost(bank)}</p>"
+        f"(<code>patch_radius</code>), so that an ordinary one has {settings.weight:g}.{_cost(bank)}</p>"
     )
     choice = bank.get("choice")
     if not choice:
