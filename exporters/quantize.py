@@ -60,17 +60,15 @@ def quantize_encoder(proto: onnx.ModelProto, images: Sequence[OwnImage]) -> onnx
 
 
 def _entry(graph: onnx.GraphProto) -> str:
-    """What the first layer with weights takes."""
-    tensor = seam(graph, PIXELS)
-    while True:
-        found = consumers(graph, tensor)
-        if len(found) != 1:
-            raise ExportError(
-                f"the encoder cannot be quantised: {len(found)} nodes take '{tensor}' before its first layer"
-            )
-        if found[0].op_type in WEIGHTED:
-            return tensor
-        tensor = found[0].output[0]
+    """What the first layer with weights takes; before it, pixels may be normalised by several nodes."""
+    from_pixels = {seam(graph, PIXELS)}
+    for node in graph.node:
+        if not from_pixels.intersection(node.input):
+            continue
+        if node.op_type in WEIGHTED:
+            return next(name for name in node.input if name in from_pixels)
+        from_pixels.update(node.output)
+    raise ExportError("the encoder cannot be quantised: no layer with weights takes its pixels")
 
 
 def maps_of(graph: onnx.GraphProto) -> list[str]:

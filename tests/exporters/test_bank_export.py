@@ -100,24 +100,27 @@ def test_every_kind_of_bank_is_exported_with_pytorch_and_onnxruntime_in_agreemen
     assert all(np.array_equal(out[name], base[name]) for name in ("patch_score", "novelty_map"))
 
 
-def same_alone(data: bytes, images: np.ndarray, whole: dict[str, np.ndarray]) -> None:
-    """A batch of two gives what a batch of all gives."""
+def gap_in_twos(data: bytes, images: np.ndarray, whole: dict[str, np.ndarray]) -> float:
+    """The largest difference between batches of two and a batch of all."""
+    gaps = [0.0]
     for n in range(0, len(images), 2):
         two = asked(data, images[n : n + 2])
-        assert two["novelty_map"].shape == (2, 12, 12)
-        assert all(gap(two[name], whole[name][n : n + 2]) < 1e-5 for name in ("novelty_map", "patch_score"))
+        gaps += [float(gap(two[name], whole[name][n : n + 2])) for name in ("novelty_map", "patch_score")]
+    return max(gaps)
 
 
 @pytest.mark.parametrize("side_px", [32, 41, 23])
 def test_a_graph_of_any_size_agrees_in_batches_too(bank_model_path: Path, bank_run_folder: Path, side_px: int) -> None:
     images, data = frames(side_px=side_px), bank_model_path.read_bytes()
-    same_alone(data, images, agree(load_run(bank_run_folder), data, images))
+    whole = agree(load_run(bank_run_folder), data, images)
+    assert whole["novelty_map"].shape == (len(images), 12, 12)
+    assert gap_in_twos(data, images, whole) < 1e-5
 
 
 def test_a_graph_of_a_fixed_size_agrees_in_batches_too(bank_run_folder: Path) -> None:
     run, images = load_run(bank_run_folder), frames(side_px=48)
     data = trace(FusedModel(run.model.eval()), (48, 48)).SerializeToString()
-    same_alone(data, images, agree(run, data, images))
+    assert gap_in_twos(data, images, agree(run, data, images)) < 1e-5
 
 
 def test_the_raw_score_of_the_graph_is_the_maximum_of_both(bank_model_path: Path, bank_run_folder: Path) -> None:

@@ -8,6 +8,7 @@ from edge_dkm.contract import FEATURES, OVERRIDABLE
 from exporters import quantize
 from exporters.errors import ExportError
 from exporters.folding import fold_normalisation
+from exporters.graph import FusedModel
 from exporters.nodes import producer, prune
 from exporters.quantize import quantize_encoder
 from exporters.ranges import activation_ranges
@@ -134,3 +135,15 @@ def test_an_encoder_without_weights_is_refused_with_a_reason() -> None:
             del node.input[1:], node.attribute[:]
     with pytest.raises(ExportError, match="cannot be quantised"):
         quantize_encoder(model, own(IMAGES))
+
+
+def test_an_encoder_that_is_shown_local_contrast_is_quantised_behind_it(tiny_conv_fused: FusedModel) -> None:
+    preprocess = tiny_conv_fused.model.preprocess
+    preprocess.settings = preprocess.settings.model_copy(update={"local_contrast": 0.5})
+    model = trace(tiny_conv_fused, None)
+    quantized = quantize_encoder(model, own([draw(kind, RNG, 32) for kind in ("disc", "square", "bars")] * 20))
+    first = next(node for node in quantized.graph.node if node.op_type == "Conv")
+    dequantize = producer(quantized.graph, first.input[0])
+    assert dequantize is not None and dequantize.op_type == "DequantizeLinear"
+    assert {"AveragePool", "Resize"} <= set(operators(quantized))  # the contrast itself stays fp32
+    assert 0 < error(model, quantized) < 0.2
