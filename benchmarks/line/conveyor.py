@@ -17,7 +17,7 @@ from typing import Any
 import jsonschema
 
 from benchmarks.table import WEIGHTS, real_set, show_table
-from edge_dkm.message import json_schema
+from edge_dkm.message_schema import json_schema
 from tests.broker import Mosquitto, Subscriber
 from tests.waiting import wait_until
 
