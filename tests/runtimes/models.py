@@ -61,7 +61,20 @@ RECIPES = {
     ),
     "bank": Recipe((("encoder", CONV), ("preprocess", "preprocess: {{resize: none}}"), ("novelty", _novelty(BANK)))),
     "bank_points": Recipe(
-        (("encoder", CONV), ("preprocess", CONTRAST), ("novelty", _novelty(f"{{target_frr: 0.1, bank: {POINTS}}}"))),
+        (
+            ("encoder", CONV),
+            ("preprocess", "preprocess: {{resize: none}}"),
+            ("novelty", _novelty(f"{{target_frr: 0.1, bank: {POINTS}}}")),
+        )
+    ),
+    # One cluster: radii of three tight ones (.02) would show roundings of the contrast 600 times larger.
+    "bank_contrast": Recipe(
+        (
+            ("encoder", CONV),
+            ("preprocess", CONTRAST),
+            ("method", "method: {{name: ae_kmeans, n_clusters: 1}}"),
+            ("novelty", _novelty(BANK)),
+        ),
         side_px=36,  # the last cells of the local contrast, of 8 pixels, are not whole
     ),
     "bank_places": Recipe(

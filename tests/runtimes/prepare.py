@@ -76,9 +76,10 @@ def _map_cells(inspector: Inspector, golden: Golden) -> int:
 
 def _resize(inspector: Inspector) -> str:
     """How the graph resizes. `onnx` is said only where there is a Resize operator: an exact step down may be done by convolutions."""
-    step = next(op for op in json.loads(inspector.metadata.raw["dkm.preprocess"]) if op["op"] == "resize")
+    steps = {op["op"]: op for op in json.loads(inspector.metadata.raw["dkm.preprocess"])}
+    step = steps["resize"]
     if step["mode"] != "onnx":
-        return str(step["mode"])
+        return f"{step['mode']}, local contrast" if "local_contrast" in steps else str(step["mode"])
     by_tensor = {name: n for n in onnx.load_model_from_string(inspector.file.data).graph.node for name in n.output}
     kinds, waiting = set(), [PIXELS]
     while waiting:  # a bank and the local contrast have Resize operators of their own, behind the pixels
