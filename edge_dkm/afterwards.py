@@ -7,8 +7,11 @@ The line never waits for it: a part that finds no room is left out and counted. 
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import logging
+import os
+import sys
 import threading
 import time
 from collections import deque
@@ -20,6 +23,7 @@ import numpy as np
 from edge_dkm.pipeline import Outcome
 from edge_dkm.results import Case
 
+NICE = 10  # what follows a part must not take the cores from the next one
 MAX_WAITING = 64  # parts
 MAX_WAITING_BYTES = 64_000_000  # of their pictures; one alone may be larger
 SAY_EVERY_S = 60.0  # how often the log counts what was left out
@@ -130,6 +134,9 @@ class Afterwards:
             return False
 
     def _run(self) -> None:
+        if sys.platform == "linux":  # there a thread has a priority of its own; elsewhere it keeps the program's
+            with contextlib.suppress(OSError):
+                os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICE)
         while (outcome := self._next()) is not None:
             for followed in self._followers:
                 if not followed.is_on:
