@@ -7,11 +7,8 @@ The line never waits for it: a part that finds no room is left out and counted. 
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import logging
-import os
-import sys
 import threading
 import time
 from collections import deque
@@ -23,7 +20,6 @@ import numpy as np
 from edge_dkm.pipeline import Outcome
 from edge_dkm.results import Case
 
-NICE = 10  # what follows a part must not take the cores from the next one
 MAX_WAITING = 64  # parts
 MAX_WAITING_BYTES = 64_000_000  # of their pictures; one alone may be larger
 SAY_EVERY_S = 60.0  # how often the log counts what was left out
@@ -35,10 +31,13 @@ class Follower(Protocol):
     """Who does something with parts that have passed."""
 
     def wants_image(self, outcome: Outcome) -> bool:
-        """Whether `follow` needs this part's picture, which costs a copy. Called by the committing thread: no waiting, no disk."""
+        """Whether `follow` needs this part's picture, which costs a copy. Asked once for every part that is followed, in order.
+
+        Called by the committing thread: no waiting, no disk.
+        """
 
     def follow(self, outcome: Outcome) -> None:
-        """On the thread of Afterwards. `outcome.image` is a copy that cannot be written to, or None where no follower wanted it."""
+        """On the thread of Afterwards. `outcome.image` is a copy that cannot be written to, or None where this follower did not want it."""
 
     def close(self) -> None:
         """The last call, on the same thread."""
@@ -58,13 +57,30 @@ class _Followed:
         log.exception("%s failed in %s and is switched off until the next start; the line goes on", self.name, where)
 
 
+@dataclasses.dataclass(frozen=True)
+class _Waiting:
+    """A part without its picture, a copy of that, and who wanted it."""
+
+    outcome: Outcome
+    image: np.ndarray | None
+    wants: list[_Followed]
+
+    @property
+    def n_bytes(self) -> int:
+        return 0 if self.image is None else self.image.nbytes
+
+    def outcome_for(self, followed: _Followed) -> Outcome:
+        is_wanted = any(followed is who for who in self.wants)
+        return dataclasses.replace(self.outcome, image=self.image) if is_wanted else self.outcome
+
+
 class Afterwards:
     """An observer of the pipeline (edge_dkm/pipeline.py) that hands parts to its followers. `add` them before `start`."""
 
     def __init__(self, followers: Sequence[Follower] = ()) -> None:
         self._followers = [_Followed(follower) for follower in followers]
         self._changed = threading.Condition()
-        self._waiting: deque[Outcome] = deque()
+        self._waiting: deque[_Waiting] = deque()
         self._waiting_bytes = 0
         self._left_out = self._said = 0
         self._say_due_s = 0.0
@@ -100,10 +116,10 @@ class Afterwards:
                 self._left_out += 1
                 return
         # Copied by the only thread that adds, so there is still room; the camera's ring takes its picture back after this call.
-        private = self._private(outcome)
+        waiting = self._private(outcome)
         with self._changed:
-            self._waiting.append(private)
-            self._waiting_bytes += private.image.nbytes if private.image is not None else 0
+            self._waiting.append(waiting)
+            self._waiting_bytes += waiting.n_bytes
             self._changed.notify()
 
     def close(self, patience_s: float = 5.0) -> bool:
@@ -117,14 +133,12 @@ class Afterwards:
         self._thread.join(patience_s)
         return not self._thread.is_alive()
 
-    def _private(self, outcome: Outcome) -> Outcome:
-        if outcome.image is None:
-            return outcome
-        if not any(self._wants(followed, outcome) for followed in self._followers if followed.is_on):
-            return dataclasses.replace(outcome, image=None)
-        image = np.array(outcome.image)
-        image.flags.writeable = False
-        return dataclasses.replace(outcome, image=image)
+    def _private(self, outcome: Outcome) -> _Waiting:
+        wants = [followed for followed in self._followers if followed.is_on and self._wants(followed, outcome)]
+        image = None if outcome.image is None or not wants else np.array(outcome.image)
+        if image is not None:
+            image.flags.writeable = False
+        return _Waiting(dataclasses.replace(outcome, image=None), image, wants)
 
     def _wants(self, followed: _Followed, outcome: Outcome) -> bool:
         try:
@@ -134,32 +148,29 @@ class Afterwards:
             return False
 
     def _run(self) -> None:
-        if sys.platform == "linux":  # there a thread has a priority of its own; elsewhere it keeps the program's
-            with contextlib.suppress(OSError):
-                os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICE)
-        while (outcome := self._next()) is not None:
+        while (waiting := self._next()) is not None:
             for followed in self._followers:
                 if not followed.is_on:
                     continue
                 try:
-                    followed.follower.follow(outcome)
+                    followed.follower.follow(waiting.outcome_for(followed))
                 except Exception:  # noqa: BLE001 (the others go on)
                     followed.switch_off("follow")
-            del outcome  # while this waits for the next part, it must not hold a picture
+            del waiting  # while this waits for the next part, it must not hold a picture
             self._say_left_out()
         self._say_left_out(is_last=True)
         self._close_followers()
 
-    def _next(self) -> Outcome | None:
+    def _next(self) -> _Waiting | None:
         """None once closed and nothing waits."""
         with self._changed:
             while not self._waiting:
                 if self._is_closing:
                     return None
                 self._changed.wait()
-            outcome = self._waiting.popleft()
-            self._waiting_bytes -= outcome.image.nbytes if outcome.image is not None else 0
-            return outcome
+            waiting = self._waiting.popleft()
+            self._waiting_bytes -= waiting.n_bytes
+            return waiting
 
     def _say_left_out(self, is_last: bool = False) -> None:
         """By this thread, since writing a log may wait for a disk."""

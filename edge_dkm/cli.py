@@ -147,11 +147,14 @@ def _log_to_stderr() -> None:
 def _run(arguments: argparse.Namespace) -> int:
     from dataclasses import asdict
 
+    import cv2
+
     from edge_dkm.service.state_log import set_up
     from edge_dkm.settings import load_line
     from edge_dkm.supervisor import run_line
 
     set_up(arguments.log)
+    cv2.setNumThreads(1)  # what looks at pictures here is small, and its pool would take the cores from the inspection
     report = run_line(load_line(arguments.line, arguments.overrides), arguments.max_parts, own_process=True)
     show(arguments.json, asdict(report), report.text())
     return 0

@@ -189,6 +189,9 @@ class DriftSettings(Settings):
         le=1_000_000,
         description="so many first parts are the line's own beginning, that later ones are held against",
     )
+    max_parts_per_s: float = Field(
+        10.0, gt=0, description="of one camera; of a faster one, so many are looked at, evenly in time"
+    )
 
 
 class LineSettings(Settings):

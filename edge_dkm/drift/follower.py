@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -34,7 +35,7 @@ class DriftReport:
 class _Camera:
     monitor: DriftMonitor
     codebook: str
-    parts: int = 0
+    parts: int = 0  # looked at
     news: tuple[object, ...] | None = None
     say_due_s: float = 0.0
 
@@ -49,20 +50,31 @@ class DriftFollower:
         self._inspectors = inspectors
         self._references = {name: read_reference(inspector.metadata) for name, inspector in inspectors.items()}
         self._cameras: dict[str, _Camera] = {}
+        self._due_s = dict.fromkeys(inspectors, -math.inf)
         self.reports: dict[str, DriftReport] = {}
         for name, reference in self._references.items():
             if settings.enabled and reference.missing:
                 log.warning("drift of camera %s: %s", name, reference.missing)
 
     def wants_image(self, outcome: Outcome) -> bool:
-        """For light, focus and position, where the model's reference has those."""
-        reference = self._references[outcome.case.camera]
-        return self._settings.enabled and outcome.inspection is not None and reference.frame is not None
+        """For light, focus and position, where the model's reference has those: of `max_parts_per_s` at most, evenly in time."""
+        case = outcome.case
+        has_pictures = self._references[case.camera].frame is not None
+        if not (self._settings.enabled and has_pictures) or outcome.inspection is None:
+            return False
+        due_s, period_s = self._due_s[case.camera], 1 / self._settings.max_parts_per_s
+        if case.captured_s < due_s:
+            return False
+        self._due_s[case.camera] = (
+            max(due_s, case.captured_s - period_s) + period_s
+        )  # keeps to its grid while frames come
+        return True
 
     def follow(self, outcome: Outcome) -> None:
-        """Takes a part that has an answer; another codebook begins anew."""
+        """Takes a part that has an answer, and a picture where the reference has those; another codebook begins anew."""
         inspection, name = outcome.inspection, outcome.case.camera
-        if not self._settings.enabled or inspection is None:
+        is_passed_over = outcome.image is None and self._references[name].frame is not None
+        if not self._settings.enabled or inspection is None or is_passed_over:
             return
         camera = self._cameras.get(name)
         if camera is None or camera.codebook != inspection.codebook:

@@ -133,10 +133,11 @@ class DriftMonitor:
         for n, detector in enumerate(detectors):
             detector.observe(x)
             self._left[n] |= detector.alarms()
+            if not self._left[n].any():
+                continue
             over = self._is_back(detector) & self._left[n].any(axis=1)
-            if over.any():
-                self._left[n, over] = False
-                detector.forget(over)
+            self._left[n, over] = False
+            detector.forget(over)
         if not self._left.any():
             self._left_since = None
         elif self._left_since is None:

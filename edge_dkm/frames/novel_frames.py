@@ -30,7 +30,6 @@ TRIM_EVERY_S = 60.0
 RETRY_S = 60.0  # after the disk failed
 RESERVE_BYTES = 100_000_000  # left to the outbox and everybody else
 BURST_S = 300.0  # a kind may use up so much of its hourly number at once
-MAX_UNASKED = 1024
 
 Kind = Literal["novel", "borderline", "ordinary"]
 FrameSize = Callable[[str], tuple[int, int] | None]
@@ -60,21 +59,20 @@ class NovelFrames:
         self.kept: Counter[str] = Counter()
 
     def wants_image(self, outcome: Outcome) -> bool:
-        """Whether it is a frame to keep. Decides it, and remembers."""
-        return self._chooser.choose(outcome) is not None
+        """Whether it is a frame to keep."""
+        return self._chooser.chooses(outcome)
 
     def follow(self, outcome: Outcome) -> None:
         """Keeps the frame where it was chosen; removes what is over the limits now and then. A disk that fails is said once."""
-        kind = self._chooser.take(outcome)
         now_s = time.monotonic()
         if now_s < self._retry_s:
             return
         try:
             if not self._is_open:
                 self._open()
-            if kind is not None and outcome.image is not None and self._has_room():
+            if outcome.image is not None and self._has_room():
                 self._keep(outcome)
-                self.kept[kind] += 1
+                self.kept[kind_of(outcome, self._settings)] += 1
                 self._well()
             if now_s >= self._trim_due_s:
                 self._trim_due_s = now_s + TRIM_EVERY_S
@@ -158,44 +156,34 @@ def spaces_of(inspectors: Mapping[str, Inspector]) -> dict[str, ModelSpace]:
 
 
 class Chooser:
-    """Which parts' frames are kept: by novelty_score / threshold, at most `per_hour` of each kind and camera, else by chance.
-
-    `choose` is called by the committing thread or not at all, `take` by the follower's.
-    """
+    """Which parts' frames are kept: by novelty_score / threshold, at most `per_hour` of each kind and camera, else by chance."""
 
     def __init__(self, settings: FramesSettings, draw: Callable[[], float] = random.random) -> None:
         self._settings, self._draw = settings, draw
-        self._chosen: dict[str, Kind | None] = {}
         self._budgets: dict[tuple[str, Kind], _Budget] = {}
 
-    def choose(self, outcome: Outcome) -> Kind | None:
-        """What it is kept as; remembered until `take`."""
-        kind = self._kind(outcome)
-        if kind is not None:
-            key = outcome.case.camera, kind
-            budget = self._budgets.setdefault(key, _Budget(self._settings.per_hour))
-            kind = kind if budget.spend(time.monotonic()) else None
-        if len(self._chosen) < MAX_UNASKED:
-            self._chosen[outcome.case.result_id] = kind
-        return kind
+    def chooses(self, outcome: Outcome) -> bool:
+        """Decides it, once for each part."""
+        if outcome.inspection is None or outcome.image is None or self._settings.keep == "never":
+            return False
+        kind = kind_of(outcome, self._settings)
+        if kind == "ordinary" and self._draw() >= self._settings.ordinary:
+            return False
+        budget = self._budgets.setdefault((outcome.case.camera, kind), _Budget(self._settings.per_hour))
+        return budget.spend(time.monotonic())
 
-    def take(self, outcome: Outcome) -> Kind | None:
-        """What was chosen; decided now where another follower's wish spared the question."""
-        result_id = outcome.case.result_id
-        if result_id not in self._chosen and outcome.image is not None:
-            self.choose(outcome)
-        return self._chosen.pop(result_id, None)
 
-    def _kind(self, outcome: Outcome) -> Kind | None:
-        inspection, keep = outcome.inspection, self._settings.keep
-        if inspection is None or outcome.image is None or keep == "never":
-            return None
-        if inspection.is_novel:
-            return "novel"
-        low, high = self._settings.borderline
-        if keep == "borderline" and low <= inspection.novelty_score / inspection.novelty_threshold <= high:
-            return "borderline"
-        return "ordinary" if self._draw() < self._settings.ordinary else None
+def kind_of(outcome: Outcome, settings: FramesSettings) -> Kind:
+    """As what a part would be kept."""
+    inspection = outcome.inspection
+    if inspection is None:
+        raise ValueError(f"part {outcome.case.result_id} has no answer")
+    if inspection.is_novel:
+        return "novel"
+    low, high = settings.borderline
+    if settings.keep == "borderline" and low <= inspection.novelty_score / inspection.novelty_threshold <= high:
+        return "borderline"
+    return "ordinary"
 
 
 class _Budget:

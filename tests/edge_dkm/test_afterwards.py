@@ -26,7 +26,7 @@ class Notes:
 
     def __init__(self, wants: bool = False, fails_in: str = "") -> None:
         self.seen: list[Outcome] = []
-        self.wants, self.fails_in, self.closed = wants, fails_in, 0
+        self.wants, self.fails_in, self.closed, self.asked = wants, fails_in, 0, 0
         self.threads: set[str] = set()
         self.may_go_on = threading.Event()
         self.may_go_on.set()
@@ -37,6 +37,7 @@ class Notes:
 
     def wants_image(self, outcome: Outcome) -> bool:
         self._fail("wants_image")
+        self.asked += 1
         return self.wants
 
     def follow(self, outcome: Outcome) -> None:
@@ -88,6 +89,18 @@ def test_no_picture_is_copied_where_nobody_wants_it() -> None:
     afterwards.committed(outcome(1, np.zeros((4, 6, 3), np.uint8)))
     assert afterwards.close()
     assert [seen.image for seen in notes.seen] == [None]
+
+
+def test_each_is_asked_for_every_part_and_only_those_who_want_the_picture_get_it() -> None:
+    eager, modest, late = Notes(wants=True), Notes(wants=False), Notes(wants=True)
+    afterwards = Afterwards([eager, modest, late])
+    afterwards.start()
+    for n in range(3):
+        afterwards.committed(outcome(n, np.zeros((4, 6, 3), np.uint8)))
+    assert afterwards.close()
+    assert [eager.asked, modest.asked, late.asked] == [3, 3, 3]
+    assert [seen.image is None for seen in modest.seen] == [True, True, True]
+    assert all(one.image is other.image is not None for one, other in zip(eager.seen, late.seen, strict=True))
 
 
 def test_a_slow_follower_costs_parts_and_no_time_of_the_line(caplog: pytest.LogCaptureFixture) -> None:

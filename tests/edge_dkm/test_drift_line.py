@@ -27,6 +27,7 @@ from tests.waiting import wait_until
 Make = Callable[..., LineSettings]
 Subscribe = Callable[..., Subscriber]
 PARTS = 240
+EVERY_PART = "{max_parts_per_s: 100000}"
 
 
 def parts(folder: Path, brighter: int) -> Path:
@@ -65,7 +66,7 @@ def test_a_film_that_gets_brighter_ends_in_a_retained_word_about_the_camera(
 ) -> None:
     folder = parts(tmp_path / "film", brighter)
     subscribe(mosquitto.port)  # results wait for a consumer
-    line = RunningLine(make_line(mosquitto.port, cameras=cameras(folder)), monkeypatch)
+    line = RunningLine(make_line(mosquitto.port, cameras=cameras(folder), drift=EVERY_PART), monkeypatch)
     assert line.has_ended(60) and line.error is None
     late = subscribe(mosquitto.port)  # who comes after it gets what was retained
     wait_until(lambda: bool(late.of("dkm.drift/1")))
@@ -81,7 +82,7 @@ def test_the_alarm_names_camera_and_cause_and_is_no_fault_of_the_line(
 ) -> None:
     subscriber = subscribe(mosquitto.port)
     source = f"{{top: {{source: '{parts(tmp_path / 'film', 90)}', pace: max, policy: every, loop: true}}}}"
-    line = RunningLine(make_line(mosquitto.port, cameras=source), monkeypatch)
+    line = RunningLine(make_line(mosquitto.port, cameras=source, drift=EVERY_PART), monkeypatch)
     wait_until(lambda: bool(subscriber.of("dkm.alarm/1")), 40)
     assert line.end() and line.error is None
     (alarm,) = [m for m in subscriber.of("dkm.alarm/1") if m["active"]]
@@ -122,6 +123,25 @@ def test_another_codebook_begins_anew(tiny_model_path: Path) -> None:
     assert before.codebook == "base" and "light" in before.state.moved
     assert (after.codebook, after.state.n, after.state.moved) == ("0123456789ab", 1, ()) and "younger" in after.missing
     assert said[0] == "top" and len(said) <= 5  # the first, and changes: not every part
+
+
+@pytest.mark.parametrize(("frames_per_s", "seen"), [(5, 50), (10, 100), (30, 100), (24, 100)])
+def test_of_a_fast_camera_so_many_parts_a_second_are_looked_at(
+    tiny_model_path: Path, frames_per_s: int, seen: int
+) -> None:
+    with Inspector(tiny_model_path) as inspector:
+        follower = DriftFollower(DriftSettings(max_parts_per_s=10), {"top": inspector}, lambda _: None)
+        inspection = inspector.inspect(draw(KINDS[0], np.random.default_rng(1)))
+        wanted = 0
+        for n in range(10 * frames_per_s):
+            case = Case(f"r{n}", "st1", "top", TriggerInfo(kind="free", id=n), "ts", 100 + n / frames_per_s, 0.0)
+            image = np.zeros((8, 8, 3), np.uint8)
+            is_wanted = follower.wants_image(Outcome(case, inspection, None, None, image))
+            follower.follow(Outcome(case, inspection, None, None, image if is_wanted else None))
+            wanted += is_wanted
+        follower.close()
+    assert wanted == follower.reports["top"].state.n
+    assert wanted == pytest.approx(seen, abs=1)  # the clock's last digit may decide over one
 
 
 def test_a_part_without_an_answer_is_no_sighting(tiny_model_path: Path) -> None:

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import cv2
@@ -23,7 +24,7 @@ from edge_dkm.frames import novel_frames
 from edge_dkm.frames import ring as frame_ring
 from edge_dkm.frames.embeddings import embeddings_path, read_embeddings
 from edge_dkm.frames.index import FrameRow, frame_name, read_index
-from edge_dkm.frames.novel_frames import Chooser, NovelFrames
+from edge_dkm.frames.novel_frames import Chooser, NovelFrames, kind_of
 from edge_dkm.frames.ring import FrameRing, ModelSpace, RingLimits
 from edge_dkm.inspector import Inspection
 from edge_dkm.message import Part, TriggerInfo, new_result_id
@@ -77,8 +78,7 @@ def start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[
 def show(follower: NovelFrames, *outcomes: Outcome) -> None:
     """As edge_dkm/afterwards.py does."""
     for one in outcomes:
-        follower.wants_image(one)
-        follower.follow(one)
+        follower.follow(one if follower.wants_image(one) else replace(one, image=None))
 
 
 @contextlib.contextmanager
@@ -171,33 +171,27 @@ def test_embeddings_lie_beside_the_frames_in_half_precision(start: Callable[...,
 def test_what_is_kept_follows_the_score_over_the_threshold(
     settings: dict[str, object], score: float, kind: str | None
 ) -> None:
-    assert Chooser(FramesSettings.model_validate(settings)).choose(outcome(1, score)) == kind
+    chosen, part = FramesSettings.model_validate(settings), outcome(1, score)
+    assert Chooser(chosen).chooses(part) == (kind is not None)
+    assert kind in (None, kind_of(part, chosen))
 
 
 def test_a_part_without_an_answer_or_without_a_picture_is_not_kept() -> None:
     chooser = Chooser(FramesSettings(ordinary=1))
-    assert chooser.choose(outcome(1, inspection=None, error=FrameError("F-DARK", "dark"))) is None
-    assert chooser.choose(outcome(1, image=None)) is None
+    assert not chooser.chooses(outcome(1, inspection=None, error=FrameError("F-DARK", "dark")))
+    assert not chooser.chooses(outcome(1, image=None))
 
 
 def test_ordinary_parts_are_kept_at_their_share() -> None:
     chooser = Chooser(FramesSettings(ordinary=0.1, per_hour=1e6), random.Random(1).random)
-    kept = sum(chooser.choose(outcome(n, 0.3)) == "ordinary" for n in range(2000))
+    kept = sum(chooser.chooses(outcome(n, 0.3)) for n in range(2000))
     assert 150 < kept < 250
 
 
 def test_a_flood_of_one_kind_is_thinned_and_leaves_room_for_the_others() -> None:
     chooser = Chooser(FramesSettings(per_hour=120))
-    assert sum(chooser.choose(outcome(n)) is not None for n in range(500)) == 10  # five minutes' worth
-    assert chooser.choose(outcome(1, 0.9)) == "borderline"
-
-
-def test_the_choice_stands_where_another_follower_spared_the_question(
-    start: Callable[..., NovelFrames], tmp_path: Path
-) -> None:
-    follower = start()
-    follower.follow(outcome(1))
-    assert check(tmp_path / "frames/top") and follower.kept == {"novel": 1}
+    assert sum(chooser.chooses(outcome(n)) for n in range(500)) == 10  # five minutes' worth
+    assert chooser.chooses(outcome(1, 0.9))
 
 
 def test_above_its_megabytes_the_oldest_go_first(start: Callable[..., NovelFrames], tmp_path: Path) -> None:
@@ -303,6 +297,7 @@ def test_a_new_model_has_embeddings_of_its_own_and_the_old_ones_go_with_their_fr
 
 KILLED = """
 import sys, numpy as np
+from dataclasses import replace
 from pathlib import Path
 from tests.edge_dkm import test_novel_frames as t
 with t.ring(Path(sys.argv[1]), max_rows=12) as ring:
@@ -349,6 +344,7 @@ def test_a_disk_that_really_fills_up_leaves_whole_frames_and_oldest_go_for_new_o
         pytest.skip("this machine does not let a user mount a tmpfs")
     program = """
 import sys
+from dataclasses import replace
 from pathlib import Path
 from tests.edge_dkm import test_novel_frames as t
 from edge_dkm.frames import novel_frames
