@@ -21,7 +21,10 @@ if TYPE_CHECKING:
     from edge_dkm.checks import Finding
 
 PLANNED = ("init", "model")
-SCHEMAS = ("config", "result", "gap", "status", "info", "state", "health", "camera", "alarm", "cmd", "reply", "ack")
+SCHEMAS = (
+    *("config", "result", "gap", "status", "info", "state", "health", "camera"),
+    *("drift", "alarm", "cmd", "reply", "ack"),
+)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

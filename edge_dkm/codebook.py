@@ -130,6 +130,6 @@ def _parse(data: bytes, where: str) -> tuple[dict[str, NDArray[np.float32]], dic
             if entry["dtype"] != "F32" or not 0 <= begin <= end <= len(data) - 8 - length:
                 raise ValueError(f"tensor {name}")
             tensors[name] = np.frombuffer(data[8 + length + begin : 8 + length + end], "<f4").reshape(entry["shape"])
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ModelError(f"{where} is no safetensors file of float32 tensors, or half written ({error})") from None
     return tensors, metadata

@@ -19,6 +19,7 @@ from typing import Literal
 
 from edge_dkm.clock import rfc3339, utc_now
 from edge_dkm.errors import StorageError
+from edge_dkm.frames.append_file import write_atomically
 from edge_dkm.set_aside import set_aside
 
 FOLDER, FILE, SCHEMA = "codebooks", "current.json", "dkm.codebooks/1"
@@ -79,12 +80,7 @@ class CodebookRecord:
 
     def _replace(self, data: bytes) -> None:
         self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        temporary = self._path.with_suffix(".tmp")
-        with temporary.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(self._path)
+        write_atomically(self._path, data)
         folder = os.open(self.folder, os.O_RDONLY | os.O_DIRECTORY)
         try:
             os.fsync(folder)  # the rename, and by that the codebook's own

@@ -56,18 +56,18 @@ def in_force(record: CodebookRecord, camera: str, inspector: Inspector) -> InFor
     problem: str | None = None
     for name in (current.codebook, *current.chain):
         try:
-            return InForce(read_named(record, name, inspector), current, problem)
+            return InForce(read_named(record, name, camera, inspector), current, problem)
         except ModelError as error:
             problem = problem or str(error)
             log.warning("%s camera %s: %s", CODE, camera, error)
     return InForce(None, current, problem)
 
 
-def read_named(record: CodebookRecord, name: str, inspector: Inspector) -> Codebook | None:
-    """The codebook of that name; None for base.
+def read_named(record: CodebookRecord, name: str, camera: str, inspector: Inspector) -> Codebook | None:
+    """The codebook of that name, for a camera; None for base.
 
     Raises:
-        ModelError: not there, damaged, or of another model or shape.
+        ModelError: not there, damaged, or of another model, shape or camera.
     """
     if name == BASE:
         return None
@@ -75,6 +75,10 @@ def read_named(record: CodebookRecord, name: str, inspector: Inspector) -> Codeb
     codebook = inspector.read_codebook(path)
     if codebook.sha12 != name:
         raise ContractError(f"codebook {path} has the digest {codebook.sha12}: it was changed after it was written")
+    if codebook.metadata.get("camera", camera) != camera:
+        raise ContractError(
+            f"codebook {name} was made from parts of camera {codebook.metadata['camera']}, not of {camera}; --list says which there are"
+        )
     return codebook
 
 
@@ -101,14 +105,14 @@ class StationCodebooks:
 
         Raises:
             UsageError: no such camera.
-            ModelError: the file is no codebook of this camera's model; what judged goes on.
+            ModelError: the file is no codebook of this camera and its model; what judged goes on.
             StorageError: the choice cannot be written; what judged goes on.
         """
         if camera not in self._inspectors:
             raise UsageError(f"there is no camera {camera}, expected one of {', '.join(self._inspectors)}")
         inspector = self._inspectors[camera]
         with self._lock:
-            codebook = read_named(self._record, name, inspector)
+            codebook = read_named(self._record, name, camera, inspector)
             current = self._record.switch(camera, inspector.file.sha256, name, how)
             before = self._in_force[camera].name if camera in self._in_force else BASE
             inspector.set_codebook(codebook)

@@ -8,6 +8,7 @@ comes into view repeats the border instead of black, since a factory background 
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -15,6 +16,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from configs import Settings
+from trainer import ranks
 
 
 class AugmentSettings(Settings):
@@ -39,27 +41,62 @@ class AugmentSettings(Settings):
         return bool(self.shift or self.rotate_deg or self.scale or self.flip != "none")
 
 
-def augment(x: Tensor, settings: AugmentSettings) -> Tensor:
-    """Changes a batch of inputs (B, C, H, W) on its device; the draws come from torch's global generator, which the loop seeds per step."""
+def augment(
+    x: Tensor, settings: AugmentSettings, positions: Tensor | slice = slice(None), n: int | None = None
+) -> Tensor:
+    """Changes inputs (B, C, H, W) on their device; the draws come from torch's global generator, which the loop seeds per step.
+
+    Args:
+        positions, n: where x lies in a batch of n that several processes share: all draw for the whole batch, each takes its own.
+    """
+    draws = _Draws(len(x) if n is None else n, positions, x.device)
     if settings.moves:
-        grid = nn.functional.affine_grid(_affine(x, settings), list(x.shape), align_corners=False)
+        grid = nn.functional.affine_grid(_affine(x, settings, draws), list(x.shape), align_corners=False)
         x = nn.functional.grid_sample(x, grid, "bilinear", "border", align_corners=False)
     if settings.contrast:
         mean = x.mean((1, 2, 3), keepdim=True)
-        x = mean + (x - mean) * (1 + settings.contrast * _uniform(x))
+        x = mean + (x - mean) * (1 + settings.contrast * draws.uniform(1, 1, 1))
     if settings.brightness:
-        x = x + settings.brightness * x.std() * _uniform(x)
-    return x + settings.noise * torch.randn_like(x) if settings.noise else x
+        x = x + settings.brightness * _deviation(x) * draws.uniform(1, 1, 1)
+    return x + settings.noise * draws.normal(x) if settings.noise else x
 
 
-def _uniform(x: Tensor) -> Tensor:
-    """(B, 1, 1, 1) in [-1, 1]."""
-    return torch.rand(len(x), 1, 1, 1, device=x.device) * 2 - 1
+@dataclass(frozen=True)
+class _Draws:
+    """Draws for a batch of `n`, of which `positions` are taken."""
+
+    n: int
+    positions: Tensor | slice
+    device: torch.device
+
+    def uniform(self, *shape: int) -> Tensor:
+        """(B, *shape) in [-1, 1]."""
+        return (torch.rand(self.n, *shape, device=self.device) * 2 - 1)[self.positions]
+
+    def columns(self, count: int) -> tuple[Tensor, ...]:
+        """`count` times (B,) in [-1, 1]."""
+        return (torch.rand(count, self.n, device=self.device) * 2 - 1)[:, self.positions].unbind()
+
+    def normal(self, x: Tensor) -> Tensor:
+        """As x (B, ...)."""
+        if isinstance(self.positions, slice):
+            return torch.randn_like(x)
+        return torch.randn(self.n, *x.shape[1:], device=self.device, dtype=x.dtype)[self.positions]
 
 
-def _affine(x: Tensor, settings: AugmentSettings) -> Tensor:
+def _deviation(x: Tensor) -> Tensor:
+    """Standard deviation of the whole batch, of which several processes may hold a share each."""
+    found = ranks.current()
+    if not found.are_many:
+        return x.std()
+    wide = x.double()
+    n, total, squares = found.total(torch.stack([wide.new_tensor(x.numel()), wide.sum(), wide.square().sum()]))
+    return ((squares - total.square() / n) / (n - 1)).clamp_min(0).sqrt().to(x.dtype)
+
+
+def _affine(x: Tensor, settings: AugmentSettings, draws: _Draws) -> Tensor:
     """(B, 2, 3) maps from output to input positions in [-1, 1]; a turn keeps right angles on images that are not square."""
-    angle, scale, right, down, mirror_x, mirror_y = (torch.rand(6, len(x), device=x.device) * 2 - 1).unbind()
+    angle, scale, right, down, mirror_x, mirror_y = draws.columns(6)
     angle = angle * math.radians(settings.rotate_deg)
     zoom = 1 / (1 + settings.scale * scale)
     flip_x = torch.where(mirror_x < 0, -1.0, 1.0) if settings.flip in {"horizontal", "both"} else torch.ones_like(zoom)

@@ -17,6 +17,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from trainer import ranks
 from trainer.encoders.weights import with_digests
 from trainer.errors import ArtifactError, DataError
 from trainer.learner import Learner
@@ -75,13 +76,17 @@ class SharedAutoencoder:
         stages = pretrain_stages(self.settings.pretrain, learner, self.settings.train.batch_size)
         if not stages:
             return stages
-        source = self._source() if may_load else None
+        source = ranks.current().same(self._source) if may_load else None
         if source is None:
             return [*stages[:-1], replace(stages[-1], end=lambda: self._save(learner))]
 
-        def load() -> None:
+        def take() -> None:
             load_autoencoder(source, learner, self.recipe)
             shutil.copyfile(source, self.own)  # with the header of the run that learned it
+
+        def load() -> None:
+            ranks.current().same(take)
+            learner.spread()
 
         return [replace(stage, epochs=0, begin=load if n == 0 else stage.begin) for n, stage in enumerate(stages)]
 
@@ -91,6 +96,8 @@ class SharedAutoencoder:
         return self.cached if self.cached is not None and self.cached.is_file() else None
 
     def _save(self, learner: Learner) -> None:
+        if not ranks.current().is_first:
+            return
         for path in (self.own, self.cached):
             if path is not None:
                 save_autoencoder(path, learner, self.recipe)

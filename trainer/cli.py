@@ -31,7 +31,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     add_command(commands, "methods", _methods, "list the clustering methods")
 
     scan = add_command(commands, "scan", _scan, "look over a set of images: what is there, what cannot be used")
-    scan.add_argument("data", help="a folder, an .npz, a list (.txt, .csv) or a film")
+    scan.add_argument("data", help="a folder, an .npz, a list (.txt, .csv), an archive (.zip, .tar) or a film")
 
     evaluate = add_command(commands, "evaluate", _evaluate, "score a run on images with class folders")
     _add_run_and_data(evaluate)
@@ -80,7 +80,7 @@ def _add_comparisons(commands: Any) -> None:
     pilot = add_command(
         commands, "pilot", _pilot, "minutes on part of a set: does clustering help, which settings to start from"
     )
-    pilot.add_argument("data", help="a folder, an .npz, a list (.txt, .csv) or a film")
+    pilot.add_argument("data", help="a folder, an .npz, a list (.txt, .csv), an archive (.zip, .tar) or a film")
     pilot.add_argument("--k", type=int, help="number of clusters, where you know it (else it is looked for)")
     pilot.add_argument(
         "--weights", type=Path, help="SqueezeNet 1.0 weights (.safetensors); far better than learning from scratch"
@@ -130,30 +130,38 @@ def _count(text: str) -> int:
 
 def _add_run_and_data(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run", type=Path, help="a run folder")
-    parser.add_argument("data", help="a folder, an .npz, a list (.txt, .csv) or a film")
+    parser.add_argument("data", help="a folder, an .npz, a list (.txt, .csv), an archive (.zip, .tar) or a film")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
 
 
 def _fit(arguments: argparse.Namespace) -> int:
+    from trainer import ranks
     from trainer.fitting import FitOptions, fit
     from trainer.loop import InterruptedTraining
     from trainer.progress import Terminal
     from trainer.provenance import novelty_sentence
 
     options = FitOptions(arguments.out, arguments.overrides, arguments.resume, Terminal())
+    together = ranks.current()
     try:
-        run = fit(arguments.config, options)
-    except InterruptedTraining as interruption:
+        with ranks.joined() as together:
+            run = fit(arguments.config, options)
+    except (InterruptedTraining, KeyboardInterrupt) as interruption:
+        # A second Ctrl-C, or one while images are read or results written, says nothing: the checkpoints before it are there.
+        said = str(interruption) or "interrupted"
         again = [
-            "dkm-train",
+            *(["torchrun", "...", "-m", "trainer"] if together.are_many else ["dkm-train"]),
             "fit",
             arguments.config,
             *(["--out", str(arguments.out)] if arguments.out else []),
             *(part for item in arguments.overrides for part in ("--set", item)),
             "--resume",
         ]
-        print(f"dkm-train: {interruption}; go on with: {shlex.join(again)}", file=sys.stderr)
+        if together.is_first:
+            print(f"dkm-train: {said}; go on with: {shlex.join(again)}", file=sys.stderr)
         return INTERRUPTED
+    if not together.is_first:
+        return 0
     train, share = run.info["train"], run.metrics["largest_share"]
     lines = [
         f"run       {run.path}  ({train['minutes']:g} min, {train['n']} images, {train['skipped']} skipped)",
@@ -190,23 +198,32 @@ def _scan(arguments: argparse.Namespace) -> int:
 
 
 def _evaluate(arguments: argparse.Namespace) -> int:
+    from trainer import ranks
     from trainer.artifact import load_run
     from trainer.evaluate import evaluate
     from trainer.progress import Terminal
 
-    result = evaluate(load_run(arguments.run, arguments.device), arguments.data, Terminal().read)
-    show(arguments.json, result.plain(), result.text())
+    with ranks.joined() as together:
+        reader = Terminal().read if together.is_first else iter
+        result = evaluate(load_run(arguments.run, arguments.device), arguments.data, reader)
+    if together.is_first:
+        show(arguments.json, result.plain(), result.text())
     return 0
 
 
 def _predict(arguments: argparse.Namespace) -> int:
     import json
 
+    from trainer import ranks
     from trainer.artifact import load_run
     from trainer.evaluate import predict, sort_into
     from trainer.progress import Terminal
 
-    rows = predict(load_run(arguments.run, arguments.device), arguments.data, Terminal().read)
+    with ranks.joined() as together:
+        reader = Terminal().read if together.is_first else iter
+        rows = predict(load_run(arguments.run, arguments.device), arguments.data, reader)
+    if not together.is_first:
+        return 0
     for row in rows:
         print(json.dumps(row.plain(), ensure_ascii=False) if arguments.json else row.text())
     if arguments.sort_into is not None:

@@ -1,45 +1,38 @@
-"""A set of images, decoded once into one uint8 tensor at the encoder's size. What cannot be read is listed, not fatal.
+"""A set of images, decoded once at the encoder's size, in memory or in a file. What cannot be read is listed, not fatal.
 
-`load_dataset` takes what trainer/images.py found; fit, evaluate and predict call it.
+`load_dataset` takes what trainer/images.py found; fit, evaluate and predict call it. Besides the pixels, an image costs some 300 bytes
+(name, group, reader), and 500 while the set is read; benchmarks/scale/memory.py measures them.
 """
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
+from trainer.decoding import Reader, Skipped, decoded_images, digests
 from trainer.errors import DataError
-from trainer.images import BadImageError, DataSettings, Image, ImageSet, Item
+from trainer.images import DataSettings
+from trainer.items import BadImageError, Image, ImageSet, Item
+from trainer.pixel_place import NONE, Keeper, Reading, Record, StorePlace, read_record, why_disk, write_record
 from trainer.preprocess import Preprocess, PreprocessSettings, target_size
-
-
-@dataclass(frozen=True)
-class Skipped:
-    """An image that could not be used, and why."""
-
-    name: str
-    reason: str
+from trainer.stored_pixels import Pixels, StoredPixels
 
 
 @dataclass(frozen=True)
 class Dataset:
     """All images of one set, decoded and brought to the encoder's size.
 
-    `pixels`: (N, h, w, 3 or 1) uint8, BGR or grey (float32 with `resize: matmul`). `known`: (N,) index into `classes`, -1 where an
-    image lies in no class folder; `labels`: the same where all are known, else None: what scores are computed from. `groups`: (N,)
-    numbers; images of one group are never split. `good`: (N,) known or presumed good.
+    `pixels`: (N, h, w, 3 or 1) uint8, BGR or grey (float32 with `resize: matmul`), a tensor or in a file. `known`: (N,) index into
+    `classes`, -1 where an image lies in no class folder; `labels`: the same where all are known, else None: what scores are computed
+    from. `groups`: (N,) numbers; images of one group are never split. `good`: (N,) known or presumed good.
     """
 
-    pixels: Tensor
-    items: list[Item]
+    pixels: Pixels
+    items: Sequence[Item]
     known: NDArray[np.int64]
     classes: list[str]
     groups: NDArray[np.int64]
@@ -67,85 +60,144 @@ def load_dataset(
     images: ImageSet,
     settings: DataSettings,
     preprocess: PreprocessSettings,
-    progress: Callable[[Sequence[Item]], Iterator[Item]] = iter,
+    progress: Reader = iter,
+    place: StorePlace | None = None,
 ) -> tuple[Dataset, Preprocess]:
-    """Decodes every image and brings it to the encoder's size.
+    """Decodes every image and brings it to the encoder's size; on disk if the settings or the memory at hand say so.
+
+    Args:
+        place: where on disk. What lies there already and is of the same images, byte for byte, is used instead of decoding.
+            None: a temporary folder, which goes with the data set.
 
     Returns:
         The data set, and the preprocessing module for that size (its mean and std are not fitted yet).
 
     Raises:
-        DataError: no image is readable, the sizes do not fit the settings, or a down-scaling step would alias.
+        DataError: no image is readable, the sizes do not fit the settings, a down-scaling step would alias, or the disk is full.
     """
+    if place is not None and (stored := _stored(images, settings, preprocess, progress, place)) is not None:
+        return stored
+    module = _module(images, preprocess)
+    keeper = Keeper(settings, place, module, len(images.items))
+    reading = Reading()
+    try:
+        for n, found in enumerate(decoded_images(images, module, settings.workers, progress)):
+            reading.add(n, found)
+            if found.pixels is not None:
+                keeper.add(found.pixels)
+        if not reading.close().positions:  # the first one could be read before
+            raise nothing_readable(images)
+        pixels = keeper.close()
+        if place is not None and isinstance(pixels, StoredPixels):
+            write_record(place, images, module, Record(reading, pixels))
+    except BaseException:
+        keeper.discard()
+        raise
+    return _assemble(images, settings, reading, _placed(pixels, settings, place)), module
+
+
+def open_dataset(
+    images: ImageSet, settings: DataSettings, preprocess: PreprocessSettings, place: StorePlace
+) -> tuple[Dataset, Preprocess]:
+    """What `load_dataset` of another process of this machine has put into `place`, which that one has compared with the images.
+
+    Raises:
+        DataError: there is none of this list of images and these settings.
+    """
+    found = read_record(place, images, lambda size: Preprocess(preprocess, *size))
+    if found is None:
+        raise DataError(
+            f"{place.record} does not hold the pixels of the {len(images.items)} images of {images.path}; expected them of the first process "
+            f"of this machine, with the same files and settings"
+        )
+    record, module = found
+    return _assemble(images, settings, record.reading, _placed(record.pixels, settings, place)), module
+
+
+def _stored(
+    images: ImageSet, settings: DataSettings, preprocess: PreprocessSettings, progress: Reader, place: StorePlace
+) -> tuple[Dataset, Preprocess] | None:
+    """What lies in `place`, if it is of these images: their bytes are read and hashed again, not decoded."""
+    found = read_record(place, images, lambda size: Preprocess(preprocess, *size))
+    if found is None:
+        return None
+    record, module = found
+    known = record.reading.digests()
+    for n, sha256 in enumerate(digests(images.items, images, settings.workers, progress)):
+        if (sha256 or NONE) != known[n].tobytes():
+            place.say(
+                f"{images.items[n].name} is not what it was when {record.pixels.path} was written; decoding again"
+            )
+            return None
+    place.say(f"pixels are those in {record.pixels.path}: the images are the same")
+    return _assemble(images, settings, record.reading, _placed(record.pixels, settings, place)), module
+
+
+def _placed(pixels: Pixels, settings: DataSettings, place: StorePlace | None) -> Pixels:
+    """Pixels that are on disk only to be shared by several processes, or because memory was short before, are brought into memory."""
+    if not isinstance(pixels, StoredPixels) or place is None:
+        return pixels
+    needed = pixels.shape.numel() * pixels.dtype.itemsize
+    return pixels[:] if why_disk(settings, needed, place) is None else pixels
+
+
+def _module(images: ImageSet, preprocess: PreprocessSettings) -> Preprocess:
     first = next((image for image in map(_try_read, images.items) if image is not None), None)
     if first is None:
-        raise DataError(
-            f"none of the {len(images.items)} images of {images.path} can be read; the first says: {_why(images.items[0])}"
-        )
+        raise nothing_readable(images)
     try:
-        height, width = target_size(preprocess, [first.shape[:2]])
+        return Preprocess(preprocess, *target_size(preprocess, [first.shape[:2]]))
     except ValueError as error:
         raise DataError(f"{images.path}: {error}") from None
-    module = Preprocess(preprocess, height, width)
-    decoded = _Decoded()
-    for item in progress(images.items):
-        try:
-            image, sha256 = item.read()
-        except BadImageError as error:
-            decoded.skipped.append(Skipped(item.name, str(error)))
-            continue
-        decoded.sizes.add((image.shape[0], image.shape[1]))
-        try:
-            module.check_step(*image.shape[:2])
-            target_size(preprocess, sorted(decoded.sizes))
-        except ValueError as error:
-            raise DataError(f"{item.name}: {error}") from None
-        decoded.add(item, sha256, module.geometry(torch.from_numpy(image)[None])[0])
-    return _assemble(images, settings, decoded), module
 
 
-@dataclass
-class _Decoded:
-    """What `load_dataset` gathers while it reads."""
-
-    rows: list[Tensor] = field(default_factory=list)
-    items: list[Item] = field(default_factory=list)
-    groups: list[str] = field(default_factory=list)
-    skipped: list[Skipped] = field(default_factory=list)
-    sizes: set[tuple[int, int]] = field(default_factory=set)
-    first_by_digest: dict[str, str] = field(default_factory=dict)
-    manifest: Any = field(default_factory=hashlib.sha256)
-
-    def add(self, item: Item, sha256: str, row: Tensor) -> None:
-        self.rows.append(row)
-        self.items.append(item)
-        # A byte-identical copy in another split would be calibrated on what was trained on.
-        self.groups.append(self.first_by_digest.setdefault(sha256, item.group))
-        self.manifest.update(f"{item.name}\0{sha256}\n".encode())
+def nothing_readable(images: ImageSet) -> DataError:
+    """The error for a set of which no image can be read."""
+    return DataError(
+        f"none of the {len(images.items)} images of {images.path} can be read; the first says: {_why(images.items[0])}"
+    )
 
 
-def _assemble(images: ImageSet, settings: DataSettings, decoded: _Decoded) -> Dataset:
-    rows = decoded.rows
-    if any(row.shape[-1] == 3 for row in rows):
-        rows = [row.expand(-1, -1, 3) for row in rows]
-    labels = [item.label for item in decoded.items]
-    classes = sorted({label for label in labels if label is not None})
-    index = {name: n for n, name in enumerate(classes)}
-    known_good = has_known_good(classes, settings.good)
-    group_ids = {group: n for n, group in enumerate(dict.fromkeys(decoded.groups))}
-    common = next(iter(decoded.sizes)) if len(decoded.sizes) == 1 else None
+def _assemble(images: ImageSet, settings: DataSettings, reading: Reading, pixels: Pixels) -> Dataset:
+    usable = reading.usable()
+    items = images.items if len(usable) == len(images.items) else [images.items[n] for n in usable.tolist()]
+    known, classes, good = truth_of(items, settings.good)
+    common = reading.common_size
     return Dataset(
-        pixels=torch.stack(rows),
-        items=decoded.items,
-        known=np.array([-1 if label is None else index[label] for label in labels]),
+        pixels=pixels,
+        items=items,
+        known=known,
         classes=classes,
-        groups=np.array([group_ids[group] for group in decoded.groups]),
-        good=np.array([_is_good(label, settings.good) if known_good else True for label in labels]),
-        skipped=decoded.skipped,
-        manifest_sha256=decoded.manifest.hexdigest(),
+        groups=_groups(items, reading.digests()[usable]),
+        good=good,
+        skipped=reading.skipped,
+        manifest_sha256=reading.manifest_sha256,
         roi=images.roi,
         frame=images.frame or ((common[1], common[0]) if common else None),
     )
+
+
+def truth_of(items: Sequence[Item], good: str) -> tuple[NDArray[np.int64], list[str], NDArray[np.bool_]]:
+    """What the class folders say: `known`, `classes` and `good` of a Dataset."""
+    classes = sorted({item.label for item in items if item.label is not None})
+    index: dict[str | None, int] = {name: n for n, name in enumerate(classes)}
+    known = np.fromiter((index.get(item.label, -1) for item in items), np.int64, len(items))
+    if not has_known_good(classes, good):
+        return known, classes, np.ones(len(items), np.bool_)
+    # The last entry is what -1 finds: an image in no class folder is not known to be good.
+    return known, classes, np.array([*(_is_good(name, good) for name in classes), False])[known]
+
+
+def _groups(items: Sequence[Item], sha256: NDArray[np.uint8]) -> NDArray[np.int64]:
+    """Numbers (N,) of the groups, in the order in which they come.
+
+    A byte-identical copy in another split would be calibrated on what was trained on: it is of the group of the first.
+    """
+    whole = np.ascontiguousarray(sha256).view(f"V{sha256.shape[1]}")[:, 0]
+    _, first, inverse = np.unique(whole, return_index=True, return_inverse=True)
+    numbers: dict[str, int] = {}
+    owners = first[inverse]
+    return np.fromiter((numbers.setdefault(items[n].group, len(numbers)) for n in owners), np.int64, len(items))
 
 
 def has_known_good(classes: list[str], good: str) -> bool:

@@ -4,24 +4,21 @@ from __future__ import annotations
 
 import re
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 from sklearn.metrics import roc_auc_score
 
 from trainer import metric
+from trainer.answers import Reader, answers
 from trainer.artifact import Run
-from trainer.data import Dataset, load_dataset
+from trainer.data import has_known_good
 from trainer.errors import DataError
-from trainer.images import DataSettings, Item, open_images
-from trainer.model import ClusterModel
 
 NOVEL_FOLDER = "novel"
-Reader = Callable[[Sequence[Item]], Iterator[Item]]
 
 
 @dataclass(frozen=True)
@@ -80,71 +77,32 @@ class Evaluation:
         return "\n".join(lines)
 
 
-def read_like(run: Run, path: str, progress: Reader = iter) -> Dataset:
-    """Another set of images, brought to this run's input."""
-    source = run.settings.data.model_copy(
-        update={
-            "groups": None,
-            "limit": None,
-            "classes": None,
-            "split": "all",
-            "every": 1,
-            "path": path,
-            "kind": "auto",
-        }
-    )
-    return _load(run.model, open_images(source), source, run, progress)
-
-
-def _load(model: ClusterModel, images: Any, source: DataSettings, run: Run, progress: Reader) -> Dataset:
-    size = {"height_px": model.preprocess.height_px, "width_px": model.preprocess.width_px}
-    return load_dataset(images, source, run.settings.preprocess.model_copy(update=size), progress)[0]
-
-
 def predict(run: Run, path: str, progress: Reader = iter) -> list[Prediction]:
     """One prediction per readable image of the set at `path`."""
-    dataset = read_like(run, path, progress)
-    ids, distance, scores = _apply(run.model, dataset)
+    found = answers(run, path, progress)
     names = {row["id"]: row["name"] for row in run.clusters}
-    labels = [None] * len(dataset) if dataset.labels is None else [dataset.classes[n] for n in dataset.labels]
+    columns = (found.ids.tolist(), found.distances.tolist(), found.scores.tolist(), found.labels)
     return [
-        Prediction(
-            item.name,
-            int(ids[n]),
-            names[int(ids[n])],
-            float(distance[n]),
-            float(scores[n]),
-            bool(scores[n] > 1.0),
-            labels[n],
-        )
-        for n, item in enumerate(dataset.items)
+        Prediction(file, k, names[k], distance, score, score > 1.0, label)
+        for file, k, distance, score, label in zip(found.names, *columns, strict=True)
     ]
 
 
 def evaluate(run: Run, path: str, progress: Reader = iter) -> Evaluation:
     """Scores the run on the set at `path`, whose class folders are the truth."""
-    dataset = read_like(run, path, progress)
-    ids, _, scores = _apply(run.model, dataset)
-    novel = scores > 1.0
-    has_classes = dataset.labels is not None and len(dataset.classes) > 1
-    clustering = metric.score_labels(dataset.labels, ids) if dataset.labels is not None and has_classes else None
-    flagged = (
-        {
-            name: (int(novel[dataset.labels == n].sum()), int((dataset.labels == n).sum()))
-            for n, name in enumerate(dataset.classes)
-        }
-        if dataset.labels is not None
-        else {"": (int(novel.sum()), len(novel))}
-    )
-    good = dataset.good
-    auroc = float(roc_auc_score(~good, scores)) if has_classes and good.any() and not good.all() else None
-    return Evaluation(len(dataset), len(dataset.skipped), clustering, flagged, auroc)
-
-
-def _apply(model: ClusterModel, dataset: Dataset) -> tuple[NDArray[np.int64], NDArray[np.float32], NDArray[np.float32]]:
-    seen = model.see(dataset.pixels)
-    ids, distance = model.assign(seen.z)
-    return ids.cpu().numpy(), distance.cpu().numpy(), model.novelty_scores(seen).cpu().numpy()
+    found = answers(run, path, progress)
+    novel, classes = found.scores > 1.0, found.classes
+    flagged = {"": (int(novel.sum()), len(novel))}
+    if None in found.labels:
+        return Evaluation(len(novel), found.skipped, None, flagged, None)
+    labels = np.array([classes.index(label) for label in found.labels if label is not None])
+    if classes:
+        flagged = {name: (int(novel[labels == n].sum()), int((labels == n).sum())) for n, name in enumerate(classes)}
+    if len(classes) < 2:
+        return Evaluation(len(novel), found.skipped, None, flagged, None)
+    good = np.array([has_known_good([name], run.settings.data.good) for name in classes])[labels]
+    auroc = float(roc_auc_score(~good, found.scores)) if good.any() and not good.all() else None
+    return Evaluation(len(novel), found.skipped, metric.score_labels(labels, found.ids), flagged, auroc)
 
 
 def sort_into(rows: list[Prediction], source: Path, folder: Path) -> tuple[int, int]:

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import csv
-import hashlib
 import json
 import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -18,12 +17,13 @@ from numpy.typing import NDArray
 from torch import nn
 
 from configs import Sources, find, load_settings
-from trainer.artifact import COLLAPSED, METRICS, Run, build_model, save_run, write_config
+from trainer import ranks
+from trainer.artifact import COLLAPSED, METRICS, Run, build_model, load_run, save_run, write_config
 from trainer.autoencoder import Recipe, SharedAutoencoder
-from trainer.bank.fitting import equip
-from trainer.checkpoint import NAME, Position, load_checkpoint
+from trainer.bank.fitting import check_bank, equip
+from trainer.checkpoint import Checkpoints, Position, has_checkpoint, remove_checkpoints, settings_digest
 from trainer.codebook import Embedded, cluster_table, finish, set_calibration
-from trainer.data import Dataset, load_dataset
+from trainer.data import Dataset, load_dataset, open_dataset
 from trainer.errors import CollapseError, DataError
 from trainer.frozen_features import frozen_features
 from trainer.golden import choose, save_images
@@ -33,12 +33,15 @@ from trainer.loop import Loop, append_metrics
 from trainer.methods import METHODS, Method
 from trainer.model import Seen
 from trainer.novelty import NoveltySettings
+from trainer.pixel_place import StorePlace
+from trainer.precision import check_precision
 from trainer.progress import Progress, Silent
 from trainer.provenance import Outcome, describe
 from trainer.report import write_report
 from trainer.settings import TrainSettings
 from trainer.splits import Split, split_all_train, split_by_group
 from trainer.stage import OptimizerSettings, Stage
+from trainer.stored_pixels import select
 from trainer.suspects import suspects, write_suspects
 
 
@@ -70,41 +73,66 @@ def fit(config: str | Path | TrainSettings, options: FitOptions | None = None) -
         settings = load_settings(TrainSettings, config, "train", Sources(options.overrides, "DKM_TRAIN"))
         name = find(config, "train").stem
     folder = options.out or Path("runs") / name
-    _claim(folder, settings, options)
-    started_s = time.monotonic()
+    with ranks.joined() as together, _determinism(settings.train.deterministic):
+        if ranks.is_restarted() and together.same((folder / "model.json").exists):
+            return together.same(lambda: load_run(folder))  # a process died after the last file was written
+        options = replace(
+            options,
+            resume=options.resume or ranks.is_restarted(),
+            progress=options.progress if together.is_first else Silent(),
+        )
+        together.check_same("the settings", json.dumps(settings.plain(), sort_keys=True))
+        together.same(lambda: _claim(folder, settings, options))
+        return _fit(settings, folder, options)
+
+
+def _fit(settings: TrainSettings, folder: Path, options: FitOptions) -> Run:
+    """All of `fit` behind the settings; every process does all of it, and the first one writes."""
+    together, started_s = ranks.current(), time.monotonic()
     device = _device(settings.train.device)
-    with _determinism(settings.train.deterministic):
-        torch.manual_seed(settings.train.seed)
-        options.progress.say(f"reading {settings.data.path}")
-        dataset, split = _load(settings, options.progress)
-        learner, frozen = _prepare(settings, (dataset, split), device, folder)
-        try:
-            method, earlier_s = _train(settings, learner, (dataset, split), folder, options)
-        except CollapseError as error:
+    check_precision(settings.train.precision, device)
+    torch.manual_seed(settings.train.seed)
+    options.progress.say(f"reading {settings.data.path}")
+    dataset, split = _load(settings, options.progress, folder)
+    together.check_same(f"data.path {settings.data.path}", dataset.manifest_sha256)
+    learner, frozen = _prepare(settings, (dataset, split), device, folder)
+    try:
+        method, earlier_s = _train(settings, learner, (dataset, split), folder, options)
+    except CollapseError as error:
+        if together.is_first:
             append_metrics(folder, {"stage": COLLAPSED, "guard": error.guard, "why": str(error)})
-            raise
-        run, outcome = _finish(settings, method, frozen, (dataset, split), options.progress.say)
-        options.progress.say("looking for suspects among the training images")
-        _write_suspects(outcome, folder)
+        raise
+    run, outcome = _finish(settings, method, frozen, (dataset, split), options.progress.say)
     run.metrics |= method.figures()  # the same dictionary as run.info["metrics"]
-    run.info["train"] |= {"warnings": method.warnings(), "refusal": method.refusal()}
+    run.info["train"] |= {"warnings": method.warnings(), "refusal": method.refusal(), "processes": together.count}
+    if together.is_first:
+        with ranks.alone():
+            _write(run, method, outcome, folder, options.progress.say)
+            run.info["train"]["minutes"] = round((time.monotonic() - started_s + earlier_s) / 60, 2)
+            save_run(run, folder, outcome.assignments())
+            write_report(run, dataset.skipped, folder / "report.html")
+        remove_checkpoints(folder)
+    together.wait()
+    if together.local_index == 0:
+        _place(settings, folder, options.progress.say).remove()
+    options.progress.close()
+    return run
+
+
+def _write(run: Run, method: Method, outcome: Outcome, folder: Path, say: Callable[[str], None]) -> None:
+    """What lies in the run folder beside the run itself."""
+    say("looking for suspects among the training images")
+    _write_suspects(outcome, folder, say)
     shutil.rmtree(folder / SCRATCH, ignore_errors=True)
-    started_s -= earlier_s
-    run.info["train"]["minutes"] = round((time.monotonic() - started_s) / 60, 2)
     save_images([outcome.dataset.items[n] for n in choose(run.model, outcome.z)], folder / "golden")
     append_metrics(folder, {"stage": "result", **run.metrics})
     _write_review(method.review(), outcome, folder / "review.csv")
-    save_run(run, folder, outcome.assignments())
-    write_report(run, dataset.skipped, folder / "report.html")
-    (folder / "checkpoints" / NAME).unlink(missing_ok=True)
-    options.progress.close()
-    return run
 
 
 def _claim(folder: Path, settings: TrainSettings, options: FitOptions) -> None:
     if (folder / "model.json").exists():
         raise DataError(f"{folder} already holds a complete run; choose another place with --out, or delete it")
-    if (folder / "checkpoints" / NAME).exists():
+    if has_checkpoint(folder):
         if options.resume:
             return  # its config.yaml is that of the checkpoint, which refuses other settings
         raise DataError(f"{folder} holds an interrupted run; --resume continues it, --out starts another")
@@ -116,8 +144,27 @@ def _claim(folder: Path, settings: TrainSettings, options: FitOptions) -> None:
         raise DataError(f"{folder} cannot be written: {error.strerror or error}") from None
 
 
-def _load(settings: TrainSettings, progress: Progress) -> tuple[Dataset, Split]:
-    dataset, _ = load_dataset(open_images(settings.data), settings.data, settings.preprocess, progress.read)
+def _read(settings: TrainSettings, progress: Progress, folder: Path) -> Dataset:
+    """The data set; of several processes on one machine the first one decodes, and the others take what it has put on disk."""
+    together, place = ranks.current(), _place(settings, folder, progress.say)
+    images = open_images(settings.data)
+    if together.local_index == 0:
+        dataset, _ = load_dataset(images, settings.data, settings.preprocess, progress.read, place)
+    together.wait()
+    if together.local_index > 0:
+        dataset, _ = open_dataset(images, settings.data, settings.preprocess, place)
+    return dataset
+
+
+def _place(settings: TrainSettings, folder: Path, say: Callable[[str], None]) -> StorePlace:
+    """Where this machine keeps decoded pixels."""
+    together = ranks.current()
+    machine = together.index // together.local_count
+    return StorePlace.of(settings.data, folder, together.local_count, machine, say)
+
+
+def _load(settings: TrainSettings, progress: Progress, folder: Path) -> tuple[Dataset, Split]:
+    dataset = _read(settings, progress, folder)
     for skipped in dataset.skipped[:5]:
         progress.say(f"skipped {skipped.name}: {skipped.reason}")
     if len(dataset.skipped) > 5:
@@ -159,15 +206,18 @@ def _prepare(
     dataset, split = data
     model = build_model(settings, (dataset.pixels.shape[1], dataset.pixels.shape[2]), len(split.train)).to(device)
     model.eval()
+    check_bank(model, settings, dataset.pixels[:1])
     model.encoder.load_pretrained()
     train = torch.from_numpy(split.train)
-    pixels = dataset.pixels[train]
+    pixels = select(dataset.pixels, train)
     model.preprocess.fit_normalise(pixels)
     frozen = frozen_features(settings, model, dataset)
     of_train = None if frozen is None else frozen[train.to(device)]
     if of_train is not None:
         model.encoder.fit_stem(of_train)
-    how = LearnerOptions(settings.train.seed, settings.augment, settings.train.precision, folder)
+    # What a method writes is the first process's to write; the others keep it in memory.
+    own = folder if ranks.current().is_first else None
+    how = LearnerOptions(settings.train.seed, settings.augment, settings.train.precision, own)
     supervision = None
     if METHODS[settings.method.name].is_supervised:
         supervision = Supervision(torch.from_numpy(dataset.known[split.train]), tuple(dataset.classes))
@@ -183,12 +233,14 @@ def _write_review(rows: Sequence[tuple[int, str]], outcome: Outcome, path: Path)
             csv.writer(file).writerows([("file", "reason"), *((names[train[n]], reason) for n, reason in rows)])
 
 
-def _write_suspects(outcome: Outcome, folder: Path) -> None:
+def _write_suspects(outcome: Outcome, folder: Path, say: Callable[[str], None]) -> None:
     """suspects.csv: what lies far from all parts of other groups, among those that are called good."""
-    dataset, train = outcome.dataset, outcome.split.train
+    dataset, train, names = outcome.dataset, outcome.split.train, outcome.dataset.names
     index = train[dataset.good[train]]
     found = suspects(outcome.z[index], dataset.groups[index], outcome.ids[index])
-    write_suspects(folder, [dataset.names[n] for n in index], found)
+    if found.problem is not None:
+        say(f"suspects: {found.problem}")
+    write_suspects(folder, [names[n] for n in index], found)
 
 
 def _finish(
@@ -201,8 +253,9 @@ def _finish(
     dataset, split = data
     model = method.learner.model.eval()
     seen = Seen(model.embed_dataset(dataset.pixels) if frozen is None else model.embed_frozen(frozen))
-    bank = equip(model, settings, (dataset, split), seen, say)
+    bank, model.bank = ranks.current().same(lambda: (equip(model, settings, data, seen, say), model.bank))
     if model.bank is not None:
+        model.bank = model.bank.to(model.centroids.device)
         seen = model.see(dataset.pixels)
 
     def embedded(index: NDArray[np.int64]) -> Embedded:
@@ -241,8 +294,12 @@ def _train(
         method.init_centroids()
 
     centroids = Stage("init", 0, settings.train.batch_size, OptimizerSettings(), [], learner.latents, begin=init)
-    digest = hashlib.sha256(json.dumps(settings.plain(), sort_keys=True).encode()).hexdigest()
-    checkpoint = load_checkpoint(folder / "checkpoints", digest, dataset.manifest_sha256) if options.resume else None
+    digest = settings_digest(settings.plain())
+    limits = settings.train
+    checkpoints = Checkpoints(folder, limits.checkpoint_every_s, limits.checkpoint_max_mb, options.progress.say)
+    checkpoint = None
+    if options.resume:
+        checkpoint = ranks.current().same(lambda: checkpoints.load(digest, dataset.manifest_sha256))
     shared = SharedAutoencoder(settings, Recipe.of(settings, dataset.manifest_sha256, split), folder)
     pretraining = shared.stages(learner, may_load=checkpoint is None)
     stages = [*pretraining, centroids, *method.stages()]
@@ -251,7 +308,7 @@ def _train(
         method,
         folder,
         options.progress,
-        settings.train.checkpoint_every_s,
+        checkpoints,
         Position(0, 0, digest, dataset.manifest_sha256),
     )
     earlier_s = 0.0
@@ -260,7 +317,9 @@ def _train(
     if checkpoint is not None:
         checkpoint.restore(learner, method)
         position = checkpoint.position
-        earlier_s = loop.rewind_metrics(stages[: position.stage], stages[position.stage], position.step)
+        earlier_s = ranks.current().same(
+            lambda: loop.rewind_metrics(stages[: position.stage], stages[position.stage], position.step)
+        )
         options.progress.say(f"resuming stage {stages[position.stage].name} at step {position.step}")
     with loop.interruptible():
         for n, stage in enumerate(stages):
@@ -284,8 +343,12 @@ def _determinism(wanted: bool) -> Iterator[None]:
         torch.are_deterministic_algorithms_enabled(),
         torch.is_deterministic_algorithms_warn_only_enabled(),
     )
+    fills = torch.utils.deterministic.fill_uninitialized_memory  # type: ignore[attr-defined]
     torch.use_deterministic_algorithms(wanted, warn_only=True)
+    # It writes NaN into every new tensor, a tenth of a step in bf16, for code that reads what it has not written.
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     try:
         yield
     finally:
         torch.use_deterministic_algorithms(before, warn_only=warn_only)
+        torch.utils.deterministic.fill_uninitialized_memory = fills  # type: ignore[attr-defined]

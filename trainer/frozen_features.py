@@ -14,6 +14,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
+from trainer import ranks
 from trainer.data import Dataset
 from trainer.encoders.weights import with_digests
 from trainer.model import PREDICT_BATCH, ClusterModel, evaluating
@@ -29,18 +30,25 @@ def frozen_features(settings: TrainSettings, model: ClusterModel, dataset: Datas
     """
     if not model.encoder.has_frozen:
         return None
-    device = model.centroids.device
-    path = _place(settings, model, dataset)
-    if path is not None and path.is_file():
-        try:
-            return load_file(path)["features"].to(device)
-        except (SafetensorError, OSError, KeyError):
-            path.unlink(missing_ok=True)
-    batches = (model.input_of(part.to(device)) for part in dataset.pixels.split(PREDICT_BATCH))
-    features = torch.cat([model.encoder.frozen(batch) for batch in batches])
-    if path is not None:
+    path, together = _place(settings, model, dataset), ranks.current()
+    found = None if path is None else together.same(lambda: _read(path))
+    if found is not None:
+        return found.to(model.centroids.device)
+    (features,) = model.over_ranks(
+        dataset.pixels, PREDICT_BATCH, lambda part: [model.encoder.frozen(model.input_of(part))]
+    )
+    if path is not None and together.is_first:
         save_tensors(path, {"features": features})
     return features
+
+
+def _read(path: Path) -> Tensor | None:
+    """What lies in the cache; None where there is nothing to use."""
+    try:
+        return load_file(path)["features"] if path.is_file() else None
+    except (SafetensorError, OSError, KeyError):
+        path.unlink(missing_ok=True)
+        return None
 
 
 def embeddings(settings: TrainSettings, model: ClusterModel, dataset: Dataset) -> Tensor:

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from trainer.distance import squared_distances_matmul
 from trainer.errors import ArtifactError
-from trainer.images import BadImageError, Item, decode
+from trainer.items import BadImageError, Item, decode
 from trainer.model import ClusterModel
 
 MAX_IMAGES = 24

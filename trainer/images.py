@@ -1,4 +1,4 @@
-"""Finds training images wherever they lie: class folders, lists, npz arrays, `edge-dkm record` folders, the frames of a film.
+"""Finds training images wherever they lie: class folders, archives, lists, npz arrays, `edge-dkm record` folders, the frames of a film.
 
 Nothing is decoded here until an item is read; trainer/data.py reads them all.
 """
@@ -10,8 +10,7 @@ import hashlib
 import os
 import zipfile
 import zlib
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Literal, cast
 
@@ -21,21 +20,23 @@ from numpy.typing import NDArray
 from pydantic import Field
 
 from configs import Settings
+from trainer.archives import ARCHIVE_SUFFIXES, COMPRESSED_TARS, MemberImage, open_archive
 from trainer.errors import DataError
+from trainer.items import BadImageError, Encoded, FileImage, Image, ImageSet, Item
+from trainer.npz_rows import RowImage, open_rows
 
 SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp", ".pgm", ".ppm"})
 FILM_SUFFIXES = frozenset({".mp4", ".avi", ".mkv", ".mov", ".m4v", ".webm"})
 FILM_GROUP_FRAMES = 30  # neighbouring frames show the same thing: a second of film counts as one group
 RECORD_COLUMNS = frozenset({"file", "camera", "group", "roi"})
-
-Image = NDArray[np.uint8]
+PLACES = "a folder, an .npz, a list (.txt, .csv), an archive (.zip, .tar) or a film"
 
 
 class DataSettings(Settings):
     """Which images. Class folders are labels for scoring; the method never sees them, unless it is a supervised one."""
 
-    path: str = Field(description="a folder, an .npz, a list (.txt, .csv) or a film")
-    kind: Literal["auto", "folder", "npz", "list", "record", "film"] = "auto"
+    path: str = Field(description=PLACES)
+    kind: Literal["auto", "folder", "npz", "list", "record", "film", "archive"] = "auto"
     classes: tuple[str, ...] | None = Field(None, description="only these class folders")
     good: str = Field("good", description="the class folder of known good parts; novelty is calibrated on it")
     groups: str | None = Field(None, description="CSV with a file column (path or file) and the group column")
@@ -45,30 +46,12 @@ class DataSettings(Settings):
     )
     every: int = Field(1, ge=1, description="of a film: every n-th frame")
     limit: int | None = Field(None, ge=1, description="at most this many images, evenly spaced over the set")
-
-
-@dataclass(frozen=True)
-class Item:
-    """One image: `read()` decodes it to (H, W, 3 or 1) uint8 and returns the sha256 of its bytes beside it."""
-
-    name: str
-    label: str | None
-    group: str
-    read: Callable[[], tuple[Image, str]]
-
-
-@dataclass(frozen=True)
-class ImageSet:
-    """What was found, not yet decoded. `roi` (x, y, w, h) and `frame` (w, h) come from a record folder's index."""
-
-    path: str
-    items: list[Item]
-    roi: tuple[int, int, int, int] | None = None
-    frame: tuple[int, int] | None = None
-
-
-class BadImageError(ValueError):
-    """One image cannot be used; the text says why."""
+    workers: int | None = Field(None, ge=1, le=1024, description="threads that decode; all cores unless given")
+    memory: Literal["auto", "ram", "disk"] = Field(
+        "auto", description="where decoded pixels are kept; auto: on disk where they would take more than ram_share"
+    )
+    ram_share: float = Field(0.5, gt=0, le=1, description="of the memory that is available when reading begins")
+    scratch: str | None = Field(None, description="folder for decoded pixels on disk; the run folder's unless given")
 
 
 def open_images(settings: DataSettings) -> ImageSet:
@@ -79,16 +62,17 @@ def open_images(settings: DataSettings) -> ImageSet:
     """
     path = Path(settings.path)
     if not path.exists():
-        raise DataError(
-            f"data.path is {path}, which does not exist (looked in {Path.cwd()}); point it at a folder of images, an .npz, a list or a film"
-        )
+        raise DataError(f"data.path is {path}, which does not exist (looked in {Path.cwd()}); point it at {PLACES}")
     kind = _kind_of(path) if settings.kind == "auto" else settings.kind
     for name, home in (("split", "npz"), ("every", "film")):
         if getattr(settings, name) != DataSettings.model_fields[name].default and kind != home:
             raise DataError(
                 f"data.{name} is {getattr(settings, name)}, which is for kind {home} only, but data.path {path} is a {kind}; leave it out"
             )
-    found = {"folder": _folder, "record": _record, "npz": _npz, "list": _list, "film": _film}[kind](path, settings)
+    finders = {
+        "folder": _folder, "record": _record, "npz": _npz, "list": _list, "film": _film, "archive": _archive
+    }  # fmt: skip
+    found = finders[kind](path, settings)
     items = found.items
     if settings.classes is not None:
         missing = sorted(set(settings.classes) - {item.label for item in items if item.label})
@@ -102,7 +86,7 @@ def open_images(settings: DataSettings) -> ImageSet:
         items = [items[n * len(items) // settings.limit] for n in range(settings.limit)]
     if not items:
         raise DataError(f"data.path is {path}, which holds no images ({', '.join(sorted(SUFFIXES))})")
-    return ImageSet(str(path), items, found.roi, found.frame)
+    return ImageSet(str(path), items, found.roi, found.frame, found.is_sequential)
 
 
 def _kind_of(path: Path) -> str:
@@ -115,35 +99,53 @@ def _kind_of(path: Path) -> str:
         return "film"
     if path.suffix in {".txt", ".csv", ".lst"}:
         return "list"
-    raise DataError(
-        f"data.path is {path}, expected a folder, an .npz, a list (.txt, .csv) or a film ({', '.join(sorted(FILM_SUFFIXES))})"
-    )
+    if path.suffix.lower() in ARCHIVE_SUFFIXES or path.name.lower().endswith(COMPRESSED_TARS):
+        return "archive"
+    raise DataError(f"data.path is {path}, expected {PLACES} ({', '.join(sorted(FILM_SUFFIXES))})")
 
 
 def _folder(path: Path, settings: DataSettings) -> ImageSet:
-    files = sorted(
-        f for f in path.rglob("*") if f.suffix.lower() in SUFFIXES and f.is_file() and not f.name.startswith(".")
-    )
-    names = [f.relative_to(path) for f in files]
-    labels = [None if name.parent == Path() else name.parent.as_posix() for name in names]
-    return ImageSet(
-        str(path),
-        [
-            Item(_printable(n.as_posix()), label and _printable(label), _printable(n.as_posix()), _file_reader(f))
-            for f, n, label in zip(files, names, labels, strict=True)
-        ],
-    )
+    names: list[str] = []
+    for folder, _, files in os.walk(path):
+        below = "" if Path(folder) == path else Path(folder).relative_to(path).as_posix() + "/"
+        names += [below + n for n in files if _is_image(n) and os.path.isfile(os.path.join(folder, n))]  # noqa: PTH113, PTH118
+    root = str(path)
+    return ImageSet(root, _by_class_folder(names, lambda name: FileImage(root, name)))
+
+
+def _archive(path: Path, settings: DataSettings) -> ImageSet:
+    members = open_archive(path)
+    place = {name: n for n, name in enumerate(members.names) if _is_image(name)}
+    return ImageSet(str(path), _by_class_folder(place, lambda name: MemberImage(members, place[name])))
+
+
+def _is_image(name: str) -> bool:
+    base = name.rpartition("/")[2]
+    return not base.startswith(".") and os.path.splitext(base)[1].lower() in SUFFIXES  # noqa: PTH122 (a Path keeps the parts of its name)
+
+
+def _by_class_folder(names: Iterable[str], reader: Callable[[str], Encoded]) -> list[Item]:
+    """An item per name, in the order of the names; the folder that it lies in is its label."""
+    labels: dict[str, str] = {}  # each label once, however many images have it
+    items = []
+    for name in sorted(names, key=lambda name: name.split("/")):
+        shown, folder = _printable(name), _printable(name.rpartition("/")[0])
+        items.append(Item(shown, labels.setdefault(folder, folder) or None, shown, reader(name)))
+    return items
 
 
 def _printable(name: str) -> str:
     """A name that is not UTF-8 on disk, as it can be written into a table."""
-    return os.fsencode(name).decode("utf-8", "replace")
+    if name.isascii():
+        return name
+    shown = os.fsencode(name).decode("utf-8", "replace")
+    return name if shown == name else shown
 
 
 def _record(path: Path, settings: DataSettings) -> ImageSet:
     rows = _table(path / "index.csv")
     items = [
-        Item(row["file"], None, f"{row['camera']}/{row['group']}", _file_reader(path / row["file"])) for row in rows
+        Item(row["file"], None, f"{row['camera']}/{row['group']}", FileImage(str(path), row["file"])) for row in rows
     ]
     roi = _numbers({row["roi"] for row in rows if row.get("roi")}, " ", 4, path)
     frame = _numbers({row["frame"] for row in rows if row.get("frame")}, "x", 2, path)
@@ -186,17 +188,19 @@ def _list(path: Path, settings: DataSettings) -> ImageSet:
     for row in rows:
         name = cell(row, "file")
         if name:
-            items.append(Item(name, cell(row, "label"), cell(row, "group") or name, _file_reader(path.parent / name)))
+            items.append(Item(name, cell(row, "label"), cell(row, "group") or name, FileImage(str(path.parent), name)))
     return ImageSet(str(path), items)
 
 
 def _npz(path: Path, settings: DataSettings) -> ImageSet:
     try:
         with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
-            arrays = {name: archive[name] for name in ("X", "y", "split", "classes") if name in archive}
+            names = [name for name in ("X", "y", "split", "classes") if name in archive]
+            in_file = open_rows(path, "X")
+            arrays = {name: archive[name] for name in names if name != "X" or in_file is None}
     except (OSError, ValueError, TypeError, EOFError, zlib.error, zipfile.BadZipFile) as error:
         raise DataError(f"data.path is {path}, which is no readable .npz: {error}") from None
-    x = arrays.get("X")
+    x = arrays.get("X") if in_file is None else in_file
     if x is None or x.dtype != np.uint8 or x.ndim not in {3, 4} or (x.ndim == 4 and x.shape[3] not in {1, 3}):
         shown = "no array X" if x is None else f"X of {x.dtype} {x.shape}"
         raise DataError(f"{path} has {shown}, expected X uint8 (N, H, W) grey or (N, H, W, 3) BGR")
@@ -216,11 +220,20 @@ def _npz(path: Path, settings: DataSettings) -> ImageSet:
         if "split" not in arrays:
             raise DataError(f"data.split is {settings.split}, but {path} has no array split")
         keep = np.flatnonzero(arrays["split"] == (0 if settings.split == "train" else 1))
-    names = arrays.get("classes")
-    label = (lambda n: None) if y is None else (lambda n: str(names[y[n]]) if names is not None else str(y[n]))
+    labels = None if y is None else _class_names(y, arrays.get("classes"))
     return ImageSet(
-        str(path), [Item(f"{path.name}[{n}]", label(n), str(n), _array_reader(x, n)) for n in keep.tolist()]
+        str(path),
+        [
+            Item(f"{path.name}[{n}]", None if labels is None else labels[n], str(n), RowImage(x, n))
+            for n in keep.tolist()
+        ],
     )
+
+
+def _class_names(y: NDArray[np.generic], names: NDArray[np.generic] | None) -> list[str]:
+    """The label of each image; images of one class share the text."""
+    texts = {value: str(value if names is None else names[value]) for value in np.unique(y).tolist()}
+    return [texts[value] for value in y.tolist()]
 
 
 def _film(path: Path, settings: DataSettings) -> ImageSet:
@@ -233,7 +246,7 @@ def _film(path: Path, settings: DataSettings) -> ImageSet:
         Item(f"{path.name}#{n}", None, str(n // FILM_GROUP_FRAMES), reader.at(n))
         for n in range(0, count, settings.every)
     ]
-    return ImageSet(str(path), items)
+    return ImageSet(str(path), items, is_sequential=True)
 
 
 class _FilmReader:
@@ -257,7 +270,7 @@ class _FilmReader:
         return read
 
 
-def _with_groups(items: list[Item], path: Path, column: str) -> list[Item]:
+def _with_groups(items: Sequence[Item], path: Path, column: str) -> list[Item]:
     """Matches a whole path, else its tail: a groups file that was written above or below this folder still fits."""
     if not path.is_file():
         raise DataError(f"data.groups is {path}, which does not exist")
@@ -316,43 +329,3 @@ def _cells(path: Path) -> list[list[str]]:
         raise DataError(f"{path} is not UTF-8; save it as UTF-8") from None
     except (OSError, csv.Error) as error:
         raise DataError(f"{path} cannot be read: {error}") from None
-
-
-def _array_reader(x: NDArray[np.uint8], n: int) -> Callable[[], tuple[Image, str]]:
-    def read() -> tuple[Image, str]:
-        image = x[n] if x.ndim == 4 else x[n][..., None]
-        return image, hashlib.sha256(image.tobytes()).hexdigest()
-
-    return read
-
-
-def _file_reader(path: Path) -> Callable[[], tuple[Image, str]]:
-    def read() -> tuple[Image, str]:
-        try:
-            data = path.read_bytes()
-        except OSError as error:
-            raise BadImageError(f"cannot be read: {error.strerror or error}") from None
-        return decode(data), hashlib.sha256(data).hexdigest()
-
-    return read
-
-
-def decode(data: bytes) -> Image:
-    """Decodes an image file's bytes to (H, W, 3) uint8 BGR, or (H, W, 1) where all channels are equal.
-
-    Raises:
-        BadImageError: empty, no image, damaged, or deeper than 8 bits (the line gives 8 bits; a silent cut would differ from it).
-    """
-    if not data:
-        raise BadImageError("is empty (0 bytes)")
-    try:
-        image = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR | cv2.IMREAD_ANYDEPTH)
-    except cv2.error as error:
-        raise BadImageError(f"cannot be decoded: {error.err}") from None
-    if image is None:
-        raise BadImageError(f"is no image that OpenCV can decode ({len(data)} bytes)")
-    if image.dtype != np.uint8:
-        raise BadImageError(f"has {image.dtype} pixels; convert it to the 8 bits that the line will see")
-    if (image[..., 0] == image[..., 1]).all() and (image[..., 0] == image[..., 2]).all():
-        return np.ascontiguousarray(image[..., :1])
-    return np.asarray(image, np.uint8)

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from trainer.errors import DataError
-from trainer.images import BadImageError, decode
+from trainer.items import BadImageError, decode
 from trainer.recordings import COLUMNS, INDEX, FrameRow, find_folders, read_recording
 from trainer.whole_file import write_whole
 
@@ -100,6 +100,17 @@ class _Sieve:
     left_out: Counter[str] = field(default_factory=Counter)
     digests: set[str] = field(default_factory=set)
 
+    @property
+    def reasons(self) -> dict[str, int]:
+        """Those that there were."""
+        return {reason: n for reason, n in self.left_out.items() if n}
+
+    def check(self, found: Sequence[_Found], sources: Sequence[Path]) -> None:
+        """Raises DataError where nothing is left."""
+        if not found:
+            reasons = ", ".join(f"{reason} {n}" for reason, n in self.reasons.items()) or "there are no rows"
+            raise DataError(f"no frame of {', '.join(map(str, sources))} is left ({reasons})")
+
     def size(self, row: FrameRow) -> tuple[int, int] | None:
         """(w, h) of a whole picture that was not seen before."""
         try:
@@ -148,12 +159,12 @@ def ingest(sources: Sequence[Path], out: Path, wanted: Wanted | None = None) -> 
     if wanted.limit is not None and wanted.limit < len(found):
         sieve.left_out["limit"] += len(found) - wanted.limit
         found = [found[n * len(found) // wanted.limit] for n in range(wanted.limit)]
-    left_out = {reason: n for reason, n in sieve.left_out.items() if n}
-    if not found:
-        reasons = ", ".join(f"{reason} {n}" for reason, n in left_out.items()) or "there are no rows"
-        raise DataError(f"no frame of {', '.join(map(str, sources))} is left ({reasons})")
+    sieve.check(found, sources)
     _name(found, sources)
-    linked = _write(found, out)
+    before = len(found)
+    found, linked = _write(found, out)
+    sieve.left_out["missing file"] += before - len(found)
+    sieve.check(found, sources)
     return Ingested(
         folder=out,
         kept=len(found),
@@ -161,7 +172,7 @@ def ingest(sources: Sequence[Path], out: Path, wanted: Wanted | None = None) -> 
         copied=len(found) - linked,
         groups=len({(one.row.cells["camera"], one.group) for one in found}),
         size=found[0].size,
-        left_out=left_out,
+        left_out=sieve.reasons,
         by_source={str(source): sum(one.source == source for one in found) for source in sources},
         notes=_notes(found),
     )
@@ -200,8 +211,9 @@ def _name(found: list[_Found], sources: Sequence[Path]) -> None:
         one.name = name
 
 
-def _write(found: list[_Found], out: Path) -> int:
-    """Returns the number of links. The index comes last: a folder that was cut off is none yet."""
+def _write(found: list[_Found], out: Path) -> tuple[list[_Found], int]:
+    """Returns what was still there, and how many of it are links. The index comes last: a folder that was cut off is none yet."""
+    written: list[_Found] = []
     linked = 0
     text = io.StringIO(newline="")
     writer = csv.writer(text)
@@ -209,20 +221,27 @@ def _write(found: list[_Found], out: Path) -> int:
     try:
         out.mkdir(parents=True, exist_ok=True)
         for one in found:
-            linked += _place(one.row.path, out / one.name)
+            is_link = _place(one.row.path, out / one.name)
+            if is_link is None:
+                continue
+            written.append(one)
+            linked += is_link
             writer.writerow(list({**one.row.cells, "file": one.name, "group": one.group}.values()))
-        write_whole(out / INDEX, text.getvalue())
+        if written:
+            write_whole(out / INDEX, text.getvalue())
     except OSError as error:
         raise DataError(f"{out} cannot be written: {error.strerror or error}") from None
-    return linked
+    return written, linked
 
 
-def _place(original: Path, target: Path) -> bool:
-    """Whether it could be linked. A link outlives the ring's own name of it."""
+def _place(original: Path, target: Path) -> bool | None:
+    """Whether it could be linked; None where a ring in use has let go of it since. A link outlives the ring's own name of it."""
     target.unlink(missing_ok=True)
     try:
         target.hardlink_to(original)
     except OSError:
+        if not original.exists():
+            return None
         shutil.copy2(original, target)
         return False
     return True

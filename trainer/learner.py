@@ -10,24 +10,27 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from trainer import ranks
 from trainer.augment import AugmentSettings, augment
 from trainer.errors import DataError
 from trainer.feature_store import FeatureStore
 from trainer.model import PREDICT_BATCH, ClusterModel, evaluating
+from trainer.precision import Format, Precision
+from trainer.stored_pixels import Pixels, StoredPixels
 
 SCRATCH = "scratch"  # in the run folder while it trains
 
 
 @dataclass(frozen=True)
 class LearnerOptions:
-    """`precision: bf16` runs the training batches' encoder and decoder in bfloat16; losses, distances and full passes stay float32.
+    """`precision: bf16` (or fp16) runs the training batches' encoder and decoder in it; losses, distances and full passes stay float32.
 
     `folder`: the run's, for arrays too large to hold twice and for what a method logs; None: memory only.
     """
 
     seed: int
     augment: AugmentSettings = field(default_factory=AugmentSettings)
-    precision: str = "fp32"
+    precision: Format = "fp32"
     folder: Path | None = None
 
 
@@ -39,29 +42,44 @@ class Supervision:
     classes: tuple[str, ...]
 
 
+@dataclass(frozen=True)
+class Share:
+    """What this process does of a batch of `n`: the samples `index` (b,), at `positions` (b,) of the batch."""
+
+    index: Tensor
+    positions: Tensor | slice
+    n: int
+
+
 class Learner:
     """`pixels`: (N, h, w, 3 or 1) training pixels; `frozen` (N, F): what the encoder's frozen part gives for them, where it has one; the stem is fitted.
 
     `decoder`: where the encoder has one and something needs it, else None. `supervision`: of a supervised method, else None.
+    Of several processes (trainer/ranks.py) each holds the pixels of its own samples; what `features`, `latents`, `reconstruct` and the full passes
+    return is of all samples that were asked for, on all of them.
     """
 
     def __init__(
         self,
         model: ClusterModel,
-        pixels: Tensor,
+        pixels: Pixels,
         options: LearnerOptions,
         frozen: Tensor | None = None,
         supervision: Supervision | None = None,
     ) -> None:
         self.model, self.options, self.seed = model, options, options.seed
         self.device = model.centroids.device
-        self.pixels = pixels.to(self.device)
+        self.precision = Precision(options.precision, self.device)
+        self.ranks = ranks.current()
+        self._n = len(pixels)
+        own = slice(self.ranks.index, None, self.ranks.count)
+        self.pixels = (pixels[own] if isinstance(pixels, Tensor) else pixels.take(own)).to(self.device)
         self.decoder: nn.Module | None = None
         self.supervision = supervision
         self._inputs = None if frozen is None else self._stem(frozen)
 
     def __len__(self) -> int:
-        return len(self.pixels)
+        return self._n
 
     def need_decoder(self, why: str) -> nn.Module:
         """The decoder, built at the first call.
@@ -94,16 +112,46 @@ class Learner:
             )
         return self.supervision
 
-    def batch(self, index: Tensor) -> Tensor:
-        """What the trained part of the encoder sees of samples `index` (B,) while training: changed as `augment:` says."""
+    def share(self, index: Tensor) -> Share:
+        """Of samples `index` (B,), those of this process."""
+        if not self.ranks.are_many:
+            return Share(index, slice(None), len(index))
+        positions = self.ranks.own(index)
+        return Share(index[positions], positions, len(index))
+
+    def whole(self, rows: Tensor, share: Share) -> Tensor:
+        """Rows (n, ...) of the whole batch, on every process, from those of each one's share (b, ...)."""
+        if isinstance(share.positions, slice):
+            return rows
+        return self.ranks.assemble(rows, share.positions, share.n)
+
+    @property
+    def shared_parameters(self) -> list[nn.Parameter]:
+        """Those whose gradient each process knows of its own samples alone: of what lies before the rows are put together."""
+        modules: list[nn.Module] = [self.model.encoder, *([] if self.decoder is None else [self.decoder])]
+        return [p for module in modules for p in module.parameters() if p.requires_grad]
+
+    def spread(self) -> None:
+        """Gives all processes what the first one has learned; the same already, unless their processors round differently."""
+        modules = [self.model, *([] if self.decoder is None else [self.decoder])]
+        self.ranks.spread([tensor for module in modules for tensor in module.state_dict().values()])
+
+    def announce(self, index: Tensor) -> None:
+        """Samples that come next: what lies on disk is fetched meanwhile."""
+        if isinstance(self.pixels, StoredPixels) and self._inputs is None:
+            self.pixels.prefetch(self.share(index).index // self.ranks.count)
+
+    def batch(self, share: Share) -> Tensor:
+        """What the trained part of the encoder sees of a share while training: changed as `augment:` says."""
         if self.options.augment.is_identity:
-            return self._clean(index)
-        changed = augment(self._normalised(index), self.options.augment)
+            return self._clean(share.index)
+        changed = augment(self._normalised(share.index), self.options.augment, share.positions, share.n)
         return self._stem(self.model.encoder.frozen(changed))
 
     def features(self, index: Tensor) -> Tensor:
         """Encoder features (B, F) of a training batch, with gradients."""
-        return self._head(self.batch(index))
+        share = self.share(index)
+        return self.whole(self._head(self.batch(share)), share)
 
     def latents(self, index: Tensor) -> Tensor:
         """Embeddings in cluster space (B, D) of a training batch, with gradients."""
@@ -112,34 +160,45 @@ class Learner:
     @torch.no_grad()
     def clean_latents(self, index: Tensor) -> Tensor:
         """Embeddings in cluster space (B, D) of samples `index` as they are."""
-        return self._to_latents(self._head(self._clean(index)))
+        share = self.share(index)
+        return self._to_latents(self.whole(self._head(self._clean(share.index)), share))
 
     def reconstruct(self, index: Tensor) -> tuple[Tensor, Tensor]:
         """Embeddings in cluster space (B, D), and the squared error of the reconstruction (B,), summed over an image's elements."""
         decoder = self.need_decoder("the loss")
-        x = self.batch(index)
+        share = self.share(index)
+        x = self.batch(share)
         features = self._head(x)
         with self.autocast():
             output = decoder(features)
-        return self._to_latents(features), (output.float() - x).square().flatten(1).sum(1)
+        error = nn.functional.mse_loss(output.float(), x, reduction="none").flatten(1).sum(1)
+        return self._to_latents(self.whole(features, share)), self.whole(error, share)
 
     @property
     def elements(self) -> int:
         """Elements of one reconstruction: d in the papers."""
-        return self._clean(torch.zeros(1, dtype=torch.int64, device=self.device)).numel()
+        return self._clean(torch.zeros(0, dtype=torch.int64, device=self.device)).shape[1:].numel()
 
     @torch.no_grad()
-    def all_features(self) -> Tensor:
-        """Features (N, F) of all training samples as they are, in eval mode."""
-        return torch.cat([rows for _, rows in self.feature_batches()])
+    def all_features(self, as_trained: bool = False) -> Tensor:
+        """Features (N, F) of all training samples as they are, in eval mode; `as_trained`: in the precision of training batches."""
+        found = torch.empty(0)
+        # Entered once: autocast then turns each weight once, not once per batch.
+        with self.autocast() if as_trained else contextlib.nullcontext():
+            for index, rows in self.feature_batches():
+                if not len(found):  # made once: joined from batches they would be held twice
+                    found = rows.new_empty(len(self), rows.shape[1])
+                found[index] = rows
+        return found
 
     @torch.no_grad()
     def feature_batches(self) -> Iterator[tuple[Tensor, Tensor]]:
         """Indices (B,) and features (B, F) of all training samples, in order, in eval mode."""
         encoder = self.model.encoder
         with evaluating(encoder):
-            for index in torch.arange(len(self), device=self.device).split(PREDICT_BATCH):
-                yield index, encoder.head(self._clean(index))
+            for index in torch.arange(len(self), device=self.device).split(PREDICT_BATCH * self.ranks.count):
+                share = self.share(index)
+                yield index, self.whole(encoder.head(self._clean(share.index)).float(), share)
 
     @torch.no_grad()
     def stored_features(self, name: str) -> FeatureStore:
@@ -153,15 +212,18 @@ class Learner:
         return store
 
     @torch.no_grad()
-    def all_latents(self) -> Tensor:
+    def all_latents(self, as_trained: bool = False) -> Tensor:
         """Embeddings in cluster space (N, D) of all training samples, in eval mode."""
-        return self._to_latents(self.all_features())
+        return self._to_latents(self.all_features(as_trained))
 
     def _normalised(self, index: Tensor) -> Tensor:
-        return self.model.preprocess.normalise(self.pixels[index])
+        rows = index // self.ranks.count
+        # Copies whole images; an index goes pixel by pixel, which on a CPU takes ten times as long.
+        some = self.pixels.index_select(0, rows) if isinstance(self.pixels, Tensor) else self.pixels[rows]
+        return self.model.preprocess.normalise(some)
 
     def _clean(self, index: Tensor) -> Tensor:
-        """What the encoder's head sees of samples as they are."""
+        """What the encoder's head sees of this process's samples `index` as they are."""
         return self._normalised(index) if self._inputs is None else self._inputs[index]
 
     @torch.no_grad()
@@ -174,9 +236,7 @@ class Learner:
 
     def autocast(self) -> contextlib.AbstractContextManager[object]:
         """The precision of training batches."""
-        if self.options.precision == "fp32":
-            return contextlib.nullcontext()
-        return torch.autocast(self.device.type, torch.bfloat16)
+        return self.precision.autocast()
 
     def _to_latents(self, features: Tensor) -> Tensor:
         return self.model.projection.to_cluster_space(self.model.projection(features))

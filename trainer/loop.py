@@ -4,30 +4,35 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import errno
 import hashlib
 import json
+import os
 import signal
 import threading
 import time
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
 import torch
 
-from trainer import guards
+from trainer import guards, ranks
 from trainer.artifact import METRICS
-from trainer.checkpoint import Checkpoint, Position, save_checkpoint
+from trainer.checkpoint import Checkpoint, Checkpoints, Position, training_state
 from trainer.errors import TrainerError
 from trainer.learner import Learner
 from trainer.methods import Method
+from trainer.out_of_memory import named_when_out_of_memory
 from trainer.progress import Progress
 from trainer.stage import Stage
+from trainer.whole_file import write_whole
 
 
 class InterruptedTraining(TrainerError):  # noqa: N818 (it is not a fault of the training)
-    """Ctrl-C; the checkpoint holds everything up to the last step."""
+    """Ctrl-C; the text says what the checkpoint holds."""
 
 
 class Loop:
@@ -39,19 +44,23 @@ class Loop:
         method: Method,
         folder: Path,
         progress: Progress,
-        checkpoint_every_s: float,
+        checkpoints: Checkpoints,
         origin: Position,
     ) -> None:
         self.learner, self.method, self.folder, self.progress = learner, method, folder, progress
-        self.checkpoint_every_s, self.origin = checkpoint_every_s, origin
-        self.saved_s = time.monotonic()
+        self.checkpoints, self.origin = checkpoints, origin
+        self._loss_sum = torch.zeros((), device=learner.device)  # of the epoch so far
+        self._is_log_whole = True
         self.interrupted = threading.Event()
+        self.ranks = ranks.current()
+        self._all_leave = False
 
     def run(self, number: int, stage: Stage, checkpoint: Checkpoint | None) -> None:
         """One stage, from its beginning or from a checkpoint inside it."""
         if checkpoint is None:
             torch.manual_seed(_mix(self.learner.seed, number, 0, 3))  # whatever the stage before has drawn, or not
             stage.begin()
+        self.learner.spread()
         if stage.epochs == 0:
             return
         optimizer = stage.optimizer.build(stage.parameters, stage.renewed)
@@ -60,8 +69,9 @@ class Loop:
         if checkpoint is not None:
             checkpoint.restore_optimizer(optimizer)
             first = checkpoint.position.step
+            self._loss_sum.fill_(checkpoint.position.loss_sum)
         elif number:
-            self._save(number, 0, optimizer)  # a stage that collapses leaves what it started from
+            self._save(number, stage, 0, optimizer)  # a stage that collapses leaves what it started from
         self.progress.stage(stage.name, stage.epochs, first // steps)
         for epoch in range(first // steps, stage.epochs):
             started_s = time.monotonic()
@@ -77,11 +87,11 @@ class Loop:
                 "seconds": round(time.monotonic() - started_s, 3),
             }
             self._log(stage.name, epoch, figures)
-            if report.stop:
+            if self.ranks.same(partial(bool, report.stop)):
                 self.progress.say(f"{stage.name}: converged after {epoch + 1} epochs")
                 break
-            if time.monotonic() - self.saved_s >= self.checkpoint_every_s:
-                self._save(number, (epoch + 1) * steps, optimizer)
+            if self.checkpoints.are_due:
+                self._save(number, stage, (epoch + 1) * steps, optimizer)
         stage.end()
 
     def _steps(self, stage: Stage) -> int:
@@ -94,7 +104,7 @@ class Loop:
         names = {stage.name for stage in done}
         rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
         kept = [row for row in rows if row["stage"] in names or (row["stage"] == current.name and row["epoch"] < first)]
-        path.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
+        write_whole(path, "".join(json.dumps(row) + "\n" for row in kept))
         return float(sum(row.get("seconds", 0) for row in kept))
 
     def _epoch(
@@ -105,44 +115,75 @@ class Loop:
             # A checkpoint at step 0 of an epoch is of the state before this hook: resumed, the epoch calls it again.
             self._leave_if_interrupted(number, stage, epoch * steps, optimizer)
             torch.manual_seed(_mix(self.learner.seed, number, epoch, 2))
+            self.learner.spread()
             stage.before_epoch(epoch, optimizer)
+            self._loss_sum.zero_()
         generator = torch.Generator().manual_seed(_mix(self.learner.seed, number, epoch))
         order = stage.order(generator) if stage.order else torch.randperm(len(self.learner), generator=generator)
         batches = order.to(self.learner.device).tensor_split(steps)
         for module in stage.modules:
             module.train()
-        total = torch.zeros((), device=self.learner.device)
+        shared = self._shared(stage)
         for position in range(first, steps):
             step = epoch * steps + position
             if position > 0:
                 self._leave_if_interrupted(number, stage, step, optimizer)
+                if position > first and self.checkpoints.are_due:
+                    self._save(number, stage, step, optimizer)
             torch.manual_seed(_mix(self.learner.seed, number, step, 1))
             stage.before_step(step)
-            loss = stage.loss(batches[position])
-            optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            optimizer.step()
+            if position + 1 < steps:
+                self.learner.announce(batches[position + 1])
+            with named_when_out_of_memory(stage, optimizer, batches[position]):
+                self._loss_sum += self._step(stage, optimizer, batches[position], shared)
             stage.after_step(batches[position])
-            total += loss.detach()
         for module in stage.modules:
             module.eval()
-        return float(total) / max(1, steps - first)
+        return float(self._loss_sum) / steps
+
+    def _step(
+        self, stage: Stage, optimizer: torch.optim.Optimizer, index: torch.Tensor, shared: list[torch.nn.Parameter]
+    ) -> torch.Tensor:
+        """One step with samples `index` (B,): its loss."""
+        loss = stage.loss(index)
+        optimizer.zero_grad(set_to_none=True)
+        self.learner.precision.backward(loss)
+        self._all_leave = self.ranks.total_gradients(shared, self.interrupted.is_set())
+        self.learner.precision.step(optimizer)
+        return loss.detach()
 
     def _leave_if_interrupted(self, number: int, stage: Stage, step: int, optimizer: torch.optim.Optimizer) -> None:
         """Saves what is needed to go on with `step`, and raises, where Ctrl-C was pressed."""
-        if self.interrupted.is_set():
-            self._save(number, step, optimizer)
+        # Alone, at once; of several processes one may know a step earlier than another: all leave after the step that told them.
+        if self._all_leave if self.ranks.are_many else self.interrupted.is_set():
+            self._save(number, stage, step, optimizer)
             epoch = step // self._steps(stage) + 1
-            raise InterruptedTraining(f"interrupted in stage {stage.name}, epoch {epoch}; the checkpoint is saved")
+            raise InterruptedTraining(f"interrupted in stage {stage.name}, epoch {epoch}; {self.checkpoints.outcome}")
+
+    def _shared(self, stage: Stage) -> list[torch.nn.Parameter]:
+        """Of the stage's parameters, those whose gradients the processes add up."""
+        shared = {id(p) for p in self.learner.shared_parameters}
+        return [p for p in (*stage.parameters, *stage.renewed) if id(p) in shared]
 
     def _log(self, stage: str, epoch: int, figures: dict[str, float]) -> None:
-        append_metrics(self.folder, {"stage": stage, "epoch": epoch, **figures})
+        if self.ranks.is_first:
+            try:
+                append_metrics(self.folder, {"stage": stage, "epoch": epoch, **figures})
+            except OSError as error:
+                if self._is_log_whole:
+                    self.progress.say(
+                        f"{self.folder / METRICS} misses epochs from {stage} {epoch + 1} on: {error.strerror}"
+                    )
+                self._is_log_whole = False
         self.progress.epoch(epoch, figures)
 
-    def _save(self, number: int, step: int, optimizer: torch.optim.Optimizer) -> None:
-        position = dataclasses.replace(self.origin, stage=number, step=step)
-        save_checkpoint(self.folder / "checkpoints", position, self.learner, self.method, optimizer)
-        self.saved_s = time.monotonic()
+    def _save(self, number: int, stage: Stage, step: int, optimizer: torch.optim.Optimizer) -> None:
+        """What is needed to go on with `step`; where it cannot be saved, that is said."""
+        if self.ranks.is_first:
+            position = dataclasses.replace(
+                self.origin, stage=number, step=step, name=stage.name, loss_sum=float(self._loss_sum)
+            )
+            self.checkpoints.save(position, training_state(self.learner, self.method, optimizer))
 
     @contextlib.contextmanager
     def interruptible(self) -> Iterator[None]:
@@ -169,6 +210,10 @@ def _mix(*numbers: int) -> int:
 
 
 def append_metrics(folder: Path, row: dict[str, Any]) -> None:
-    """One more line of metrics.jsonl."""
-    with (folder / METRICS).open("a", encoding="utf-8") as file:
-        file.write(json.dumps(row) + "\n")
+    """One more line of metrics.jsonl, or an OSError and no part of it."""
+    line = (json.dumps(row) + "\n").encode()
+    with (folder / METRICS).open("ab", buffering=0) as file:
+        size = file.seek(0, os.SEEK_END)
+        if file.write(line) < len(line):
+            file.truncate(size)
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,12 +11,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from trainer import novelty
+from trainer import novelty, ranks
 from trainer.bank.bank import Bank
 from trainer.distance import nearest
 from trainer.encoders.base import Encoder
 from trainer.preprocess import Preprocess
 from trainer.projection import Projection
+from trainer.stored_pixels import Pixels, select
 
 PREDICT_BATCH = 256
 BANK_BATCH = 16  # images whose distances to all centres of a bank are held at once
@@ -94,26 +95,33 @@ class ClusterModel(nn.Module):
         return self.preprocess.normalise(pixels).contiguous(memory_format=torch.channels_last)
 
     @torch.no_grad()
-    def embed_dataset(self, pixels: Tensor, batch: int = PREDICT_BATCH) -> Tensor:
+    def embed_dataset(self, pixels: Pixels, batch: int = PREDICT_BATCH) -> Tensor:
         """Embeddings (N, D) of a data set's pixels, in eval mode, on the model's device."""
-        device = self.centroids.device
-        with evaluating(self):
-            return torch.cat([self.embed_pixels(part.to(device)) for part in pixels.split(batch)])
+        return self.over_ranks(pixels, batch, lambda part: [self.embed_pixels(part)])[0]
 
     @torch.no_grad()
-    def see(self, pixels: Tensor, batch: int = PREDICT_BATCH) -> Seen:
+    def see(self, pixels: Pixels, batch: int = PREDICT_BATCH) -> Seen:
         """What novelty is judged by, of a data set's pixels that went through `preprocess.geometry`; in eval mode, on the model's device."""
         if self.bank is None:
             return Seen(self.embed_dataset(pixels, batch))
-        embeddings, scores = [], []
+        return Seen(*self.over_ranks(pixels, min(batch, BANK_BATCH), self._embed_and_score))
+
+    def _embed_and_score(self, part: Tensor) -> list[Tensor]:
+        if self.bank is None:
+            raise ValueError("this model has no bank")
+        features, maps = self.encoder.with_maps(self.input_of(part), self.bank.settings.layers)
+        z = self.projection(features)
+        return [z, self.bank(maps, self.assign(z)[0])[0]]
+
+    def over_ranks(self, pixels: Pixels, batch: int, rows: Callable[[Tensor], list[Tensor]]) -> list[Tensor]:
+        """What `rows` gives for batches of pixels (N, ...), in eval mode, joined; each process sees its part of them."""
+        together, device = ranks.current(), self.centroids.device
+        part = together.part(len(pixels))
+        positions = torch.arange(part.start, part.stop, device=device)
+        own = select(pixels, positions.cpu()) if together.are_many else pixels
         with evaluating(self):
-            for part in pixels.split(min(batch, BANK_BATCH)):
-                x = self.input_of(part.to(self.centroids.device))
-                features, maps = self.encoder.with_maps(x, self.bank.settings.layers)
-                z = self.projection(features)
-                embeddings.append(z)
-                scores.append(self.bank(maps, self.assign(z)[0])[0])
-        return Seen(torch.cat(embeddings), torch.cat(scores))
+            found = [rows(some.to(device)) for some in own.split(batch)]
+        return [together.assemble(torch.cat(column), positions, len(pixels)) for column in zip(*found, strict=True)]
 
     @torch.no_grad()
     def novelty_map(self, pixels: Tensor) -> Tensor:

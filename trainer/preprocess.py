@@ -22,8 +22,10 @@ from torch import Tensor, nn
 
 from configs import Settings
 from trainer.local_contrast import GREY_OF_BGR, local_contrast
+from trainer.stored_pixels import Pixels
 
 MAX_ALIAS_STEP = 1.5  # down-scaling beyond this without antialias folds texture into false patterns
+MOMENTS_ELEMENTS = 1 << 20  # of a batch whose mean and squares are summed: 4 MB as float32
 FIXED_POINT_BITS = 22  # of the antialiased filter's weights, in Pillow and onnxruntime
 
 
@@ -67,6 +69,11 @@ class Preprocess(nn.Module):
     def forward(self, image: Tensor) -> Tensor:
         return self.normalise(self.geometry(image))
 
+    @property
+    def stored_dtype(self) -> torch.dtype:
+        """What `geometry` gives."""
+        return torch.float32 if self.settings.resize == "matmul" else torch.uint8
+
     def geometry(self, image: Tensor) -> Tensor:
         """Crop, resize and pad: (N, H, W, 3) uint8 -> (N, height_px, width_px, 3), uint8 unless `resize: matmul`."""
         height, width = image.shape[1], image.shape[2]
@@ -87,6 +94,10 @@ class Preprocess(nn.Module):
 
     def normalise(self, pixels: Tensor) -> Tensor:
         """(N, h, w, 3 or 1) in grey levels -> (N, C, h, w) float32."""
+        return (self._channels(pixels) - self.mean[:, None, None]) / self.std[:, None, None]
+
+    def _channels(self, pixels: Tensor) -> Tensor:
+        """What is normalised: (N, h, w, 3 or 1) -> (N, C, h, w) float32, in grey levels."""
         x = pixels.permute(
             0, 3, 1, 2
         ).float()  # (N, 3, h, w): transposed while still uint8, it is a quarter of the bytes
@@ -96,9 +107,9 @@ class Preprocess(nn.Module):
             x = x.expand(-1, 3, -1, -1)
         if self.settings.local_contrast is not None:
             x = local_contrast(x, self.settings.local_contrast)
-        return (x - self.mean[:, None, None]) / self.std[:, None, None]
+        return x
 
-    def fit_normalise(self, pixels: Tensor) -> None:
+    def fit_normalise(self, pixels: Pixels) -> None:
         """Sets `mean` and `std` from training pixels (N, h, w, 3 or 1); one constant per channel, never per image."""
         kind = self.settings.normalise
         if kind == "imagenet":
@@ -110,18 +121,16 @@ class Preprocess(nn.Module):
         self.mean.copy_(mean)
         self.std.copy_(std)
 
-    def _moments(self, pixels: Tensor, kind: str) -> tuple[Tensor, Tensor]:
+    def _moments(self, pixels: Pixels, kind: str) -> tuple[Tensor, Tensor]:
         zeros = torch.zeros_like(self.mean)
         if kind == "unit":
             return zeros, torch.full_like(self.std, 255.0)
         total, squares, count = zeros.double(), zeros.double(), 0
-        for batch in pixels.split(1024):
-            x = batch.float()
-            if self.settings.color == "gray" and x.shape[-1] == 3:
-                x = (x * x.new_tensor(GREY_OF_BGR)).sum(-1, keepdim=True)
-            total += x.sum((0, 1, 2), dtype=torch.float64).cpu()
-            squares += x.square().sum((0, 1, 2), dtype=torch.float64).cpu()
-            count += x.shape[0] * x.shape[1] * x.shape[2]
+        for batch in pixels.split(max(1, min(1024, MOMENTS_ELEMENTS // max(1, pixels[:1].numel())))):
+            x = self._channels(batch)
+            total += x.sum((0, 2, 3), dtype=torch.float64).cpu()
+            squares += x.square().sum((0, 2, 3), dtype=torch.float64).cpu()
+            count += x.shape[0] * x.shape[2] * x.shape[3]
         if kind == "rms":  # DEC's rule: the mean of x^2 over all pixels becomes 1, the zero stays where it is
             return zeros, (squares.sum() / (count * len(zeros))).sqrt().float().clamp_min(1.0).expand_as(zeros)
         mean = total / count
@@ -203,22 +212,32 @@ def resize_uint8(image: Tensor, height: int, width: int, antialias: bool) -> Ten
 
 
 def _resize_antialiased(image: Tensor, height: int, width: int) -> Tensor:
-    """Pillow's two-pass scheme: weights in 22-bit fixed point, width first, rounded to uint8 after each pass."""
+    """Pillow's two-pass scheme: weights in 22-bit fixed point, width first, rounded to uint8 after each pass.
+
+    Tap by tap: a matrix product has a hundred zeros for every weight. Weights are not negative and sum to 2^22: all stays below 2^31.
+    """
     for axis, size in ((2, width), (1, height)):
         if image.shape[axis] == size:
             continue
-        weights = _fixed_weights(image.shape[axis], size).to(image.device)
-        # Products stay below 2^31 and sums below 2^53: float64 is exact, and unlike int64 it has a fast matrix product.
-        sums = torch.tensordot(image.double(), weights, dims=([axis], [1])).movedim(-1, axis)
-        half, unit = 2.0 ** (FIXED_POINT_BITS - 1), 2.0**FIXED_POINT_BITS
-        image = torch.floor((sums + half) / unit).clamp(0, 255).to(torch.uint8)
+        x, shape = image.int(), [size if n == axis else 1 for n in range(4)]
+        total = torch.full((), 1 << (FIXED_POINT_BITS - 1), dtype=torch.int32, device=image.device)
+        for index, weights in zip(*_fixed_taps(image.shape[axis], size), strict=True):
+            part = x.index_select(axis, index.to(x.device)).mul_(weights.to(x.device).view(shape))
+            total = part.add_(total)
+        image = total.bitwise_right_shift_(FIXED_POINT_BITS).clamp_(0, 255).to(torch.uint8)
     return image
 
 
 @lru_cache(maxsize=64)
-def _fixed_weights(n_in: int, n_out: int) -> Tensor:
-    """(n_out, n_in) float64 holding whole numbers: the triangle filter's weights times 2^22, rounded half away from zero."""
-    return torch.floor(triangle_weights(n_in, n_out, antialias=True).double() * 2.0**FIXED_POINT_BITS + 0.5)
+def _fixed_taps(n_in: int, n_out: int) -> tuple[Tensor, Tensor]:
+    """Which input each tap of an output takes, and its weight times 2^22, rounded half away from zero: (taps, n_out) int64 and int32."""
+    weights = torch.floor(triangle_weights(n_in, n_out, antialias=True).double() * 2.0**FIXED_POINT_BITS + 0.5).int()
+    used = weights > 0
+    first, count = used.int().argmax(1), int(used.sum(1).max())
+    index = first[:, None] + torch.arange(count)
+    inside = index < n_in
+    index = index.clamp(max=n_in - 1)
+    return index.T.contiguous(), torch.where(inside, weights.gather(1, index), 0).T.contiguous()
 
 
 def triangle_weights(n_in: int, n_out: int, antialias: bool) -> Tensor:

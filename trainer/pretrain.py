@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from configs import Settings
 from trainer.encoders.mlp import MLPDecoder, MLPEncoder
 from trainer.errors import DataError
-from trainer.learner import Learner
+from trainer.learner import Learner, Share
 from trainer.stage import OptimizerSettings, Stage
 
 
@@ -92,14 +92,25 @@ class _LayerLoss:
         self.is_first, self.is_last = n == 0, n == len(encoder.layers) - 1
 
     def __call__(self, index: Tensor) -> Tensor:
+        share = self.learner.share(index)
+        return self.learner.whole(self._errors(share), share).mean()
+
+    def _errors(self, share: Share) -> Tensor:
+        """Mean squared errors (b,) of a share."""
         with torch.no_grad():
-            clean = self.learner.batch(index).flatten(1)
+            clean = self.learner.batch(share).flatten(1)
             for layer in self.encoder.layers[: self.n]:
                 clean = torch.relu(layer(clean))
         with self.learner.autocast():
-            hidden = self.layer(clean if self.is_first else nn.functional.dropout(clean, self.noise))
+            hidden = self.layer(clean if self.is_first else self._dropped(clean, share))
             if not self.is_last:
-                hidden = nn.functional.dropout(torch.relu(hidden), self.noise)
+                hidden = self._dropped(torch.relu(hidden), share)
             output = self.mirror(hidden).float()
         # The raw input may be negative, every other layer's input went through a ReLU.
-        return nn.functional.mse_loss(output if self.is_first else torch.relu(output), clean)
+        return ((output if self.is_first else torch.relu(output)) - clean).square().mean(1)
+
+    def _dropped(self, x: Tensor, share: Share) -> Tensor:
+        """Dropout, drawn for the whole batch that several processes share."""
+        if isinstance(share.positions, slice):
+            return nn.functional.dropout(x, self.noise)
+        return x * nn.functional.dropout(x.new_ones(share.n, *x.shape[1:]), self.noise)[share.positions]

@@ -86,7 +86,8 @@ def read_recording(folder: Path) -> Recording:
     """
     path = folder / INDEX
     try:
-        lines = path.read_bytes().decode("utf-8-sig", "replace").splitlines()
+        # Not splitlines: a part's number may hold what is an end of line to Unicode alone.
+        lines = path.read_bytes().decode("utf-8-sig", "replace").replace("\r\n", "\n").split("\n")
     except OSError as error:
         raise DataError(f"{path} cannot be read: {error.strerror or error}") from None
     header = next(_parsed(lines[:1]), [])

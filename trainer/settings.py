@@ -14,6 +14,7 @@ from trainer.images import DataSettings
 from trainer.methods import METHODS
 from trainer.methods.base import MethodSettings
 from trainer.novelty import NoveltySettings
+from trainer.precision import Format
 from trainer.preprocess import PreprocessSettings
 from trainer.pretrain import PretrainSettings
 from trainer.projection import ProjectionSettings
@@ -29,15 +30,19 @@ else:  # the registries decide at run time what may stand here
 class LoopSettings(Settings):
     """`batch_size` of every stage; `deterministic` gives equal arrays for equal seeds on a CPU.
 
-    `precision: bf16` trains encoder and decoder in bfloat16 (half the time where the processor has it); full passes stay float32.
+    `precision: bf16` trains encoder and decoder in bfloat16 (half the time where the processor has it), `fp16` (GPUs only) in half
+    precision with a scaled loss; full passes stay float32.
     """
 
     seed: int = Field(0, ge=0)
     batch_size: int = Field(256, ge=1)
     device: Literal["auto", "cpu", "cuda"] = "auto"
     deterministic: bool = True
-    precision: Literal["fp32", "bf16"] = "fp32"
+    precision: Format = "fp32"
     checkpoint_every_s: float = Field(60.0, ge=0)
+    checkpoint_max_mb: float = Field(
+        2000.0, gt=0, description="of the folder of checkpoints; a resumed run may change it"
+    )
 
 
 class TrainSettings(Settings):

@@ -35,7 +35,7 @@ class OptimizerSettings(Settings):
             )
         groups: list[dict[str, Any]] = [{"params": parameters}]
         groups += [{"params": renewed, "momentum": 0.0}] if renewed else []
-        return torch.optim.SGD(groups, self.lr, momentum=self.momentum, weight_decay=self.weight_decay)
+        return torch.optim.SGD(groups, self.lr, momentum=self.momentum, weight_decay=self.weight_decay, fused=True)
 
     def lr_at(self, epoch: int) -> float:
         """The learning rate in `epoch` (from 0)."""

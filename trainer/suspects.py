@@ -20,7 +20,6 @@ import io
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -101,30 +100,14 @@ def suspects(
     return Suspects(score, p, is_suspect, options.level)
 
 
-def suspects_of_scores(
-    score: NDArray[np.float64], groups: NDArray[np.int64], clusters: NDArray[np.int64] | None = None, level: float = 0.1
-) -> Suspects:
-    """Steps 3 and 4 alone, for scores (N,) > 0 of another kind (a patch bank's), each given by a model that did not see the part's group."""
-    clusters = np.zeros(len(score), np.int64) if clusters is None else clusters
-    problem = _problem(score[:, None], groups)
-    if problem is None and not np.median(score) > 0:
-        problem = "more than half of the images are alike"
-    if problem is not None:
-        return Suspects(np.ones(len(score)), np.ones(len(score)), np.zeros(len(score), bool), level, problem)
-    relative, p = _judged(score.astype(np.float64), groups, clusters)
-    return Suspects(relative, p, _rejected(p, level), level)
-
-
-def either(first: Suspects, second: Suspects) -> Suspects:
-    """Strange in one of two ways: the smaller p-value of each part, doubled (Bonferroni), rejected anew; the higher score is shown."""
-    p = np.minimum(1.0, 2 * np.minimum(first.p_value, second.p_value))
-    is_suspect = _rejected(p, first.level)
-    score = np.maximum(first.score, second.score)
-    return Suspects(score, p, is_suspect, first.level, first.problem if first.problem and second.problem else None)
-
-
 def write_suspects(folder: Path, names: Sequence[str], found: Suspects) -> None:
-    """suspects.csv of a run: file, score, p_value, the strangest first; `names` (N,) of the training images. No row: none was found."""
+    """suspects.csv of a run: file, score, p_value, the strangest first; `names` (N,) of the training images.
+
+    No row: none was found. No file: nothing could be said, which is something else.
+    """
+    if found.problem is not None:
+        (folder / FILE).unlink(missing_ok=True)
+        return
     text = io.StringIO(newline="")
     writer = csv.writer(text)
     writer.writerow(("file", "score", "p_value"))
@@ -144,11 +127,11 @@ def read_suspects(folder: Path) -> list[tuple[str, float, float]] | None:
     try:
         with path.open(encoding="utf-8", newline="") as file:
             return [(row["file"], float(row["score"]), float(row["p_value"])) for row in csv.DictReader(file)]
-    except (OSError, KeyError, ValueError, TypeError) as error:
+    except (OSError, KeyError, ValueError, TypeError, csv.Error) as error:
         raise ArtifactError(f"{path} cannot be read: {error}") from None
 
 
-def _problem(z: NDArray[np.floating[Any]], groups: NDArray[np.int64]) -> str | None:
+def _problem(z: NDArray[np.float32], groups: NDArray[np.int64]) -> str | None:
     n_groups = len(np.unique(groups))
     if len(z) < MIN_PARTS or n_groups < MIN_GROUPS:
         return f"{len(z)} training images of {n_groups} groups are too few, expected {MIN_PARTS} of {MIN_GROUPS}"

@@ -13,7 +13,7 @@ import yaml
 
 from configs import Sources, find, load_settings, load_text
 from trainer.artifact import Run, load_run
-from trainer.checkpoint import NAME
+from trainer.checkpoint import has_checkpoint
 from trainer.data import Dataset, load_dataset
 from trainer.errors import DataError
 from trainer.fitting import FitOptions, fit
@@ -61,15 +61,15 @@ def fit_or_reuse(settings: TrainSettings, folder: Path, progress: Progress) -> R
         DataError: the folder holds a run of other settings.
         CollapseError: a guard stopped the training.
     """
-    has_checkpoint = (folder / "checkpoints" / NAME).is_file()
+    is_begun = has_checkpoint(folder)
     is_complete = (folder / "model.json").is_file()  # written last; a kill right after it may leave the checkpoint
-    if has_checkpoint or is_complete:
+    if is_begun or is_complete:
         if load_settings(TrainSettings, folder / "config.yaml", "train") != settings:
             raise DataError(f"{folder} holds a run of other settings; choose another place with --out, or delete it")
         if is_complete:
             progress.say(f"reusing {folder}")
             return load_run(folder)
-    return fit(settings, FitOptions(folder, (), has_checkpoint, progress))
+    return fit(settings, FitOptions(folder, (), is_begun, progress))
 
 
 def read_images(settings: TrainSettings, progress: Progress) -> Dataset:

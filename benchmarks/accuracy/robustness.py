@@ -16,8 +16,8 @@ from numpy.typing import NDArray
 
 from benchmarks.table import FEATURE_WEIGHTS, WEIGHTS, real_set, show_table, spread
 from trainer import FitOptions, Run, fit
+from trainer.answers import read_like
 from trainer.data import Dataset
-from trainer.evaluate import read_like
 from trainer.metric import score_labels
 
 Image = NDArray[np.uint8]

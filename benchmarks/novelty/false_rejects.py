@@ -34,9 +34,9 @@ from benchmarks.novelty.parts import GOOD, Part, write_list
 from benchmarks.novelty.tile import LARGE, tiles
 from benchmarks.table import WEIGHTS, real_set, show_table
 from trainer import FitOptions, fit
+from trainer.answers import read_like
 from trainer.bank.fitting import RADIUS_FLOOR
 from trainer.codebook import Embedded, finish, set_calibration
-from trainer.evaluate import read_like
 from trainer.model import ClusterModel, Seen
 from trainer.novelty import Calibration, NoveltySettings
 

@@ -20,7 +20,7 @@ from benchmarks.novelty.parts import GOOD, Part, write_list
 from benchmarks.table import WEIGHTS, real_set, show_table
 from edge_dkm.families.finding import Beside, FamilyOptions, find_families
 from trainer import FitOptions, fit
-from trainer.evaluate import read_like
+from trainer.answers import read_like
 
 
 @dataclass(frozen=True)

@@ -11,9 +11,9 @@ import numpy as np
 from numpy.typing import NDArray
 from sklearn.metrics import roc_auc_score
 
+from trainer.answers import read_like
 from trainer.artifact import Run
 from trainer.data import Dataset
-from trainer.evaluate import read_like
 
 GOOD = "good"
 Scores = NDArray[np.float64]

@@ -28,12 +28,12 @@ from benchmarks.novelty.parts import GOOD, Judged, Part, judge, write_list
 from benchmarks.novelty.tile import GRID_PX, mask_of, split, tiles
 from benchmarks.table import WEIGHTS, real_set, show_table, spread
 from trainer import FitOptions, fit
+from trainer.answers import read_like
 from trainer.artifact import Run
 from trainer.bank.cells import local_mean, to_grid
 from trainer.bank.coreset import greedy_coreset
 from trainer.data import Dataset
 from trainer.encoders.base import Encoder
-from trainer.evaluate import read_like
 from trainer.preprocess import Preprocess
 from trainer.report.assignment_table import read_assignments
 

@@ -4,7 +4,7 @@ All good tiles of magnetic_tile (groups of `group_r0.60`) or all of train/good o
 of finding (five nearest neighbours of other folds, log-normal null from the middle of the scores) was chosen on x_sdd, one class as the good
 one: 42 of 138 planted found among 47 named there, none named of 2,594 without any.
 
-python -m benchmarks.novelty.suspects [--sets bottle tile] [--seeds N] [--bank] [--level .1]
+python -m benchmarks.novelty.suspects [--sets bottle tile] [--seeds N] [--level .1]
 """
 
 from __future__ import annotations
@@ -22,13 +22,8 @@ from benchmarks.novelty.parts import GOOD, Part, write_list
 from benchmarks.novelty.tile import tiles
 from benchmarks.table import WEIGHTS, real_set, show_table, spread
 from trainer import FitOptions, fit
-from trainer.bank.learning import Material
-from trainer.bank.settings import BankSettings
-from trainer.bank.suspects import held_out_patch_scores
-from trainer.evaluate import read_like
-from trainer.suspects import SuspectOptions, Suspects, either, suspects, suspects_of_scores
-
-BANKS = {"bottle": BankSettings(stride=2, size=256), "tile": BankSettings(stride=2, size=256, reduce="top")}
+from trainer.answers import read_like
+from trainer.suspects import SuspectOptions, Suspects, suspects
 
 
 @dataclass(frozen=True)
@@ -62,8 +57,8 @@ def plant(parts: list[Part], share: float, seed: int) -> tuple[list[Part], NDArr
     return [*good, *(replace(part, label=GOOD) for part in chosen)], is_planted
 
 
-def look(name: str, share: float, seed: int, level: float, with_bank: bool) -> dict[str, Row]:
-    """One training set, by the embedding alone and, where asked, with held-out patch scores."""
+def look(name: str, share: float, seed: int, level: float) -> Row:
+    """One training set."""
     parts, is_planted = plant(PARTS[name](), share, seed)
     with tempfile.TemporaryDirectory() as folder:
         path = write_list(parts, Path(folder) / "learned.csv")
@@ -71,14 +66,7 @@ def look(name: str, share: float, seed: int, level: float, with_bank: bool) -> d
         run = fit("bottle_ae_kmeans", FitOptions(Path(folder) / "run", sets))
         dataset = read_like(run, str(path))
         z = run.model.embed_dataset(dataset.pixels)
-    options = SuspectOptions(level=level, seed=seed)
-    found = {"embedding": suspects(z.numpy(), dataset.groups, None, options)}
-    if with_bank:
-        material = Material(dataset.pixels, dataset.groups, run.model.assign(z)[0], seed)
-        scores = held_out_patch_scores(run.model, BANKS[name], material, seed)
-        found["patches"] = suspects_of_scores(scores, dataset.groups, None, level)
-        found["either"] = either(found["embedding"], found["patches"])
-    return {way: _row(one, is_planted) for way, one in found.items()}
+    return _row(suspects(z.numpy(), dataset.groups, None, SuspectOptions(level=level, seed=seed)), is_planted)
 
 
 def _row(found: Suspects, is_planted: NDArray[np.bool_]) -> Row:
@@ -93,22 +81,17 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--shares", type=float, nargs="*", default=[0.05, 0.0])
     parser.add_argument("--level", type=float, default=0.1)
-    parser.add_argument("--bank", action="store_true", help="also by patch scores of held-out banks: minutes a seed")
     arguments = parser.parse_args()
     rows: list[list[object]] = []
     for name in arguments.sets:
         for share in arguments.shares:
-            results = [look(name, share, seed, arguments.level, arguments.bank) for seed in range(arguments.seeds)]
-            for way in results[0]:
-                found = [result[way] for result in results]
-                planted, named, right = (
-                    sum(getattr(row, key) for row in found) for key in ("planted", "named", "found")
-                )
-                recall = f"{right / planted:.2f}" if planted else "-"
-                auroc = spread([row.auroc for row in found]) if planted else "-"
-                precision = f"{right / named:.2f}" if named else "-"
-                rows.append([name, way, f"{share:.0%}", planted, named, right, recall, precision, auroc])
-    header = ["set", "judged by", "defects", "planted", "named", "of them planted", "recall", "precision", "AUROC"]
+            found = [look(name, share, seed, arguments.level) for seed in range(arguments.seeds)]
+            planted, named, right = (sum(getattr(row, key) for row in found) for key in ("planted", "named", "found"))
+            recall = f"{right / planted:.2f}" if planted else "-"
+            auroc = spread([row.auroc for row in found]) if planted else "-"
+            precision = f"{right / named:.2f}" if named else "-"
+            rows.append([name, f"{share:.0%}", planted, named, right, recall, precision, auroc])
+    header = ["set", "defects", "planted", "named", "of them planted", "recall", "precision", "AUROC"]
     show_table(f"suspects at level {arguments.level:g}, sums over {arguments.seeds} seeds", header, rows)
 
 

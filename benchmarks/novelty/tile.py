@@ -92,6 +92,11 @@ def mask_of(path: Path) -> np.ndarray:
     mask = cv2.imread(str(path.parent.parent / "masks" / path.parent.name / f"{path.stem}.png"), cv2.IMREAD_GRAYSCALE)
     if mask is None:
         raise SystemExit(f"{path} has no mask; the set is not complete")
+    if (image := cv2.imread(str(path))) is None or image.shape[:2] != mask.shape:
+        size = "no picture" if image is None else f"{image.shape[1]}x{image.shape[0]}"
+        raise SystemExit(
+            f"the mask of {path} is {mask.shape[1]}x{mask.shape[0]}, the picture {size}; use the mask that was drawn on this picture"
+        )
     share = cv2.resize((mask > 127).astype(np.float32), (GRID_PX, GRID_PX), interpolation=cv2.INTER_AREA)
     return np.asarray(share > 0.25)
 

@@ -17,12 +17,14 @@ from typing import Literal
 
 import cv2
 import numpy as np
+from numpy.typing import NDArray
 
-from edge_dkm.clock import wall_s
+from edge_dkm.clock import is_synced, wall_s
 from edge_dkm.frames.index import FrameRow, frame_name
 from edge_dkm.frames.ring import FrameRing, ModelSpace, RingLimits, ring_folders
-from edge_dkm.inspector import Inspector
+from edge_dkm.inspector import Inspection, Inspector
 from edge_dkm.pipeline import Outcome
+from edge_dkm.results import Case
 from edge_dkm.settings import FramesSettings, LineSettings
 
 FOLDER = "frames"
@@ -70,14 +72,15 @@ class NovelFrames:
         try:
             if not self._is_open:
                 self._open()
-            if outcome.image is not None and self._has_room():
-                self._keep(outcome)
-                self.kept[kind_of(outcome, self._settings)] += 1
+            inspection, image = outcome.inspection, outcome.image
+            if inspection is not None and image is not None and self._has_room():
+                self._keep(outcome.case, inspection, image)
+                self.kept[kind_of(inspection, self._settings)] += 1
                 self._well()
             if now_s >= self._trim_due_s:
                 self._trim_due_s = now_s + TRIM_EVERY_S
                 for ring in self._rings.values():
-                    ring.trim(wall_s())
+                    _trim(ring)
         except OSError as error:
             self._retry_s = now_s + RETRY_S
             self._say(f"S-IO {self._frames}: {error.strerror or error}; no frames are kept until that is mended")
@@ -96,25 +99,19 @@ class NovelFrames:
                 self._rings[name] = FrameRing(self._frames / name, limits, self._spaces.get(name))
         self._is_open = True
 
-    def _keep(self, outcome: Outcome) -> None:
-        inspection, camera = outcome.inspection, outcome.case.camera
-        if inspection is None or outcome.image is None:
-            return
-        done, png = cv2.imencode(".png", outcome.image, [cv2.IMWRITE_PNG_COMPRESSION, 1])
+    def _keep(self, case: Case, inspection: Inspection, image: NDArray[np.uint8]) -> None:
+        done, png = cv2.imencode(".png", image, [cv2.IMWRITE_PNG_COMPRESSION, 1])
         if not done:
-            raise OSError(f"a frame of {outcome.image.shape} could not be written as PNG")
-        ring = self._rings[camera]
-        ring.add(self._row(outcome), np.asarray(png).tobytes(), inspection.embedding)
+            raise OSError(f"a frame of {image.shape} could not be written as PNG")
+        ring = self._rings[case.camera]
+        height, width = image.shape[:2]
+        ring.add(self._row(case, inspection, (width, height)), np.asarray(png).tobytes(), inspection.embedding)
         if ring.is_over:
-            ring.trim(wall_s())
+            _trim(ring)
 
-    def _row(self, outcome: Outcome) -> FrameRow:
-        case, inspection = outcome.case, outcome.inspection
-        if inspection is None or outcome.image is None:
-            raise ValueError(f"part {case.result_id} has no answer")
-        height, width = outcome.image.shape[:2]
+    def _row(self, case: Case, inspection: Inspection, size: tuple[int, int]) -> FrameRow:
         roi = self._cameras[case.camera].roi
-        full = (width, height) if roi is None else self._frame_size(case.camera)
+        full = size if roi is None else self._frame_size(case.camera)
         return FrameRow(
             file=frame_name(case.camera, case.ts, case.result_id),
             camera=case.camera,
@@ -124,7 +121,7 @@ class NovelFrames:
             cluster=inspection.cluster.name,
             novelty_score=f"{inspection.novelty_score:.6g}",
             verdict=inspection.verdict,
-            roi=" ".join(map(str, roi or (0, 0, width, height))),
+            roi=" ".join(map(str, roi or (0, 0, *size))),
             frame="" if full is None else f"{full[0]}x{full[1]}",
         )
 
@@ -148,6 +145,10 @@ class NovelFrames:
         self._problem = None
 
 
+def _trim(ring: FrameRing) -> None:
+    ring.trim(wall_s(), is_clock_sure=is_synced() is not False)
+
+
 def spaces_of(inspectors: Mapping[str, Inspector]) -> dict[str, ModelSpace]:
     """By camera: the model whose embeddings are kept."""
     return {
@@ -166,18 +167,15 @@ class Chooser:
         """Decides it, once for each part."""
         if outcome.inspection is None or outcome.image is None or self._settings.keep == "never":
             return False
-        kind = kind_of(outcome, self._settings)
+        kind = kind_of(outcome.inspection, self._settings)
         if kind == "ordinary" and self._draw() >= self._settings.ordinary:
             return False
         budget = self._budgets.setdefault((outcome.case.camera, kind), _Budget(self._settings.per_hour))
         return budget.spend(time.monotonic())
 
 
-def kind_of(outcome: Outcome, settings: FramesSettings) -> Kind:
-    """As what a part would be kept."""
-    inspection = outcome.inspection
-    if inspection is None:
-        raise ValueError(f"part {outcome.case.result_id} has no answer")
+def kind_of(inspection: Inspection, settings: FramesSettings) -> Kind:
+    """As what a part with this answer would be kept."""
     if inspection.is_novel:
         return "novel"
     low, high = settings.borderline

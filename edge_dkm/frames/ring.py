@@ -9,6 +9,7 @@ The order of writing makes every moment a readable one:
 from __future__ import annotations
 
 import logging
+import math
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -103,13 +104,16 @@ class FrameRing:
         self._kept.append(_Kept(row, len(png)))
         self._bytes += len(png)
 
-    def trim(self, now_s: float) -> int:
+    def trim(self, now_s: float, is_clock_sure: bool = True) -> int:
         """Removes what is too old at `now_s` (seconds since 1970), and the oldest above the limits; returns how many.
+
+        Args:
+            is_clock_sure: what is of the future goes, too; of a clock that may stand at 1970 all frames would be.
 
         Raises:
             OSError: the disk fails; the next call goes on.
         """
-        gone = self._excess(now_s)
+        gone = self._excess(now_s, is_clock_sure)
         for kept in gone:
             (self.folder / kept.row.file).unlink(missing_ok=True)
             self._bytes -= kept.n_bytes
@@ -127,9 +131,11 @@ class FrameRing:
         if self._embeddings is not None:
             self._embeddings.close()
 
-    def _excess(self, now_s: float) -> list[_Kept]:
+    def _excess(self, now_s: float, is_clock_sure: bool) -> list[_Kept]:
+        latest_s = now_s + FUTURE_S if is_clock_sure else math.inf
+
         def is_old(kept: _Kept) -> bool:
-            return kept.row.taken_s < now_s - self._limits.max_age_s or kept.row.taken_s > now_s + FUTURE_S
+            return not now_s - self._limits.max_age_s <= kept.row.taken_s <= latest_s
 
         old = [kept for kept in self._kept if is_old(kept)]
         left = [kept for kept in self._kept if not is_old(kept)] if old else self._kept

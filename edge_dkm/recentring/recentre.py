@@ -73,6 +73,7 @@ def recentre(
     rng = np.random.default_rng(options.seed)
     shares = deal(rows.where(~is_rejected), rng)
     candidates, good = rows.where(~is_rejected), is_good[~is_rejected]
+    _check_shares(shares, good, figures)
     centred = _centred(candidates.where(shares.centre & good), running, space, rng)
     _set_radii(centred, candidates.where(shares.radius & good), running, space)
     scored = _scored(candidates, good, shares.calibration, centred, space)
@@ -137,6 +138,17 @@ def _check_enough(rows: Rows, is_good: Mask, options: Options, figures: dict[str
             "too_few",
             f"{len(good)} good parts of {n_groups} groups were kept, expected at least {MIN_GROUPS} groups "
             f"({max(needed, MIN_GROUPS)} to promise {options.target_frr:.2%}); let the station run longer",
+            "wait",
+            figures,
+        )
+
+
+def _check_shares(shares: Shares, good: Mask, figures: dict[str, Any]) -> None:
+    """Where the target lets most parts be novel, all that are dealt to one purpose may be."""
+    if not all((share & good).any() for share in (shares.centre, shares.radius, shares.calibration)):
+        raise RefusedError(
+            "too_few",
+            "no good part is left for centres, radii or calibration, since most parts were novel; let the station run longer",
             "wait",
             figures,
         )

@@ -11,11 +11,12 @@ memory map would end the process with SIGBUS. One process writes; others may rea
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import os
 import zlib
-from collections.abc import Iterator
+from collections.abc import Collection
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -149,7 +150,9 @@ class Reservoir:
         record["codebook"] = _packed(row.codebook)
         record["seq"] = self._seq + 1
         slot = self._slot()
-        os.pwrite(self._file, _sealed(record), HEADER_BYTES + slot * self._type.itemsize)
+        written = os.pwrite(self._file, _sealed(record), HEADER_BYTES + slot * self._type.itemsize)
+        if written < self._type.itemsize:  # a disk that fills up takes a part and says nothing
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         self._seq += 1
         self._count = max(self._count, slot + 1)
         if self._free:
@@ -219,11 +222,10 @@ def room_for(rows: int, max_bytes: int, embed_dim: int) -> int:
     return min(rows, max(0, max_bytes - HEADER_BYTES) // row_type(embed_dim).itemsize)
 
 
-def others_of(path: Path) -> Iterator[Path]:
-    """Files of the same camera for other models, newest first."""
-    camera = path.name.split(".", 1)[0]
-    found = [other for other in path.parent.glob(f"{camera}.*{SUFFIX}") if other != path]
-    yield from sorted(found, key=lambda other: other.stat().st_mtime, reverse=True)
+def others_than(own: Collection[Path], folder: Path) -> list[Path]:
+    """Files of other models and of cameras that are gone, newest first."""
+    found = [path for path in folder.glob(f"*{SUFFIX}") if path not in own]
+    return sorted(found, key=lambda path: path.stat().st_mtime, reverse=True)
 
 
 def _sealed(record: NDArray[Any]) -> bytes:

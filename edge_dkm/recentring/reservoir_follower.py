@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import logging
 import os
@@ -11,7 +12,7 @@ from pathlib import Path
 from edge_dkm.clock import wall_s
 from edge_dkm.inspector import Inspector
 from edge_dkm.pipeline import Outcome
-from edge_dkm.recentring.reservoir import Reservoir, Row, Spec, others_of, reservoir_path, room_for, row_type
+from edge_dkm.recentring.reservoir import Reservoir, Row, Spec, others_than, reservoir_path, room_for, row_type
 from edge_dkm.results import Case
 from edge_dkm.settings import ReservoirSettings
 
@@ -55,21 +56,25 @@ class ReservoirFollower:
         keeper.keep(row)
         if keeper.is_new:
             keeper.is_new = False
-            self._make_room(keeper)
+            self._make_room()
 
     def close(self) -> None:
         """Releases the files."""
         for keeper in self._keepers.values():
             keeper.close()
 
-    def _make_room(self, keeper: _Keeper) -> None:
+    def _make_room(self) -> None:
         """Rows of other models stay beside these for as long as all together keep to the limit; the oldest files go first."""
-        left = self._limit_bytes - sum(other.full_bytes for other in self._keepers.values())
-        for path in others_of(keeper.path):
-            left -= path.stat().st_size
-            if left < 0:
-                log.info("%s is removed: the rows of another model, and reservoir.max_mb is used up", path)
-                path.unlink(missing_ok=True)
+        keepers = self._keepers.values()
+        left = self._limit_bytes - sum(keeper.full_bytes for keeper in keepers)
+        with contextlib.suppress(OSError):  # the next start tries again
+            for path in others_than({keeper.path for keeper in keepers}, next(iter(keepers)).path.parent):
+                left -= path.stat().st_size
+                if left < 0:
+                    log.info(
+                        "%s is removed: the rows of another model or camera, and reservoir.max_mb is used up", path
+                    )
+                    path.unlink(missing_ok=True)
 
 
 class _Keeper:

@@ -18,7 +18,7 @@ import numpy as np
 from edge_dkm.clock import rfc3339, utc_now, wall_s
 from edge_dkm.codebook import write_codebook
 from edge_dkm.codebook_record import BASE, CodebookRecord, How
-from edge_dkm.errors import LockedError, StorageError, UsageError
+from edge_dkm.errors import LockedError, ModelError, StorageError, UsageError
 from edge_dkm.golden import PART, Golden, load_golden
 from edge_dkm.inspector import Inspector, Runtime
 from edge_dkm.model_file import golden_path
@@ -89,8 +89,12 @@ class Station:
         """One camera after the other; a refusal is an answer, not an error.
 
         Raises:
-            EdgeError: no such camera, no usable model, or the station does not switch.
+            EdgeError: no such camera, hours or rate that are none, no usable model, or the station does not switch.
         """
+        if wish.hours is not None and not wish.hours > 0:
+            raise UsageError(f"--hours is {wish.hours:g}, expected more than 0")
+        if wish.target_frr is not None and not 0 < wish.target_frr < 1:
+            raise UsageError(f"--target-frr is {wish.target_frr:g}, expected a share between 0 and 1, as 0.01")
         for camera in self._cameras(wish.camera):
             yield self._one(camera, wish)
 
@@ -98,21 +102,24 @@ class Station:
         """To `base`, a codebook by its digest, or, without a name, what ran before.
 
         Raises:
-            UsageError: that is in force already, or the codebook is one camera's and none is named.
+            UsageError: that is in force already (everywhere, where no camera is named), or the codebook is one camera's and none is named.
             ModelError: there is no such codebook, or it is damaged; what judged goes on.
         """
         names = self._cameras(camera)
         if to not in {None, BASE} and len(names) > 1:
             raise UsageError(f"codebook {to} is of one camera; name it with --camera, one of {', '.join(names)}")
-        for name in names:
-            inspector = self._inspector(name)
-            current = self._record.current(name, inspector.file.sha256)
+        running = {name: self._record.current(name, self._inspector(name).file.sha256) for name in names}
+        if all(current.codebook == (to or BASE) for current in running.values()):
+            raise UsageError(
+                f"{'camera' if len(names) == 1 else 'cameras'} {', '.join(names)} judge{'s' if len(names) == 1 else ''} by codebook "
+                f"{to or BASE} already; --list says which there are"
+            )
+        for name, current in running.items():
             if current.codebook == (to or BASE):
-                raise UsageError(
-                    f"camera {name} judges by codebook {current.codebook} already; --list says which there are"
-                )
+                continue
+            inspector = self._inspector(name)
             wanted = to or (current.chain[0] if current.chain else BASE)
-            read_named(self._record, wanted, inspector)  # says at once what is wrong with it
+            read_named(self._record, wanted, name, inspector)  # says at once what is wrong with it
             yield Done(name, current.codebook, wanted, switched=self._switch(name, inspector, wanted, "rollback"))
 
     def listed(self, camera: str | None) -> Iterator[dict[str, Any]]:
@@ -124,7 +131,7 @@ class Station:
             for path in sorted(
                 self._record.folder.glob("*.safetensors"), key=lambda p: p.stat().st_mtime, reverse=True
             ):
-                with contextlib.suppress(Exception):
+                with contextlib.suppress(ModelError):  # damaged, or of another model
                     book = inspector.read_codebook(path)
                     if book.metadata.get("camera", name) == name:
                         others.append({"codebook": path.stem, **dict(book.metadata)})
@@ -160,9 +167,14 @@ class Station:
             rows = read_rows(path, inspector.file.sha256, inspector.metadata.embed_dim)
         except StorageError as error:
             raise RefusedError("no_rows", str(error), "wait") from None
-        if wish.hours is not None:
-            rows = rows.where(rows.minute >= (wall_s() - wish.hours * 3600) // 60)
-        return rows
+        if wish.hours is None:
+            return rows
+        recent = rows.where(rows.minute >= (wall_s() - wish.hours * 3600) // 60)
+        if len(rows) and not len(recent):
+            raise RefusedError(
+                "no_rows", f"none of the {len(rows)} parts that were kept is of the last {wish.hours:g} hours", "wait"
+            )
+        return recent
 
     def _options(self, inspector: Inspector, wish: Wish) -> Options:
         novelty = inspector.metadata.novelty

@@ -172,7 +172,9 @@ def test_a_state_folder_that_cannot_be_made_is_a_storage_error(
 
 def test_schemas_are_json_schemas(capsys: pytest.CaptureFixture[str]) -> None:
     from edge_dkm.cli import SCHEMAS
+    from edge_dkm.message import MESSAGES
 
+    assert {f"dkm.{name}/1" for name in SCHEMAS} == {*MESSAGES, "dkm.config/1"}
     for name in SCHEMAS:
         assert run(["schema", name]) == 0
         jsonschema.Draft202012Validator.check_schema(json.loads(capsys.readouterr().out))

@@ -87,6 +87,13 @@ def test_a_header_that_points_outside_the_file_is_refused(tmp_path: Path) -> Non
         read(path)
 
 
+def test_a_header_that_nests_without_end_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "x.safetensors"
+    path.write_bytes((50_000).to_bytes(8, "little") + b"[" * 50_000)
+    with pytest.raises(ModelError, match="no safetensors file"):
+        read(path)
+
+
 def test_a_stations_codebook_changes_the_answer_and_the_base_one_does_not(
     tiny_model_path: Path, tmp_path: Path
 ) -> None:

@@ -173,7 +173,7 @@ def test_what_is_kept_follows_the_score_over_the_threshold(
 ) -> None:
     chosen, part = FramesSettings.model_validate(settings), outcome(1, score)
     assert Chooser(chosen).chooses(part) == (kind is not None)
-    assert kind in (None, kind_of(part, chosen))
+    assert part.inspection is not None and kind in (None, kind_of(part.inspection, chosen))
 
 
 def test_a_part_without_an_answer_or_without_a_picture_is_not_kept() -> None:
@@ -222,6 +222,17 @@ def test_control_what_is_young_enough_stays(start: Callable[..., NovelFrames], t
     first.close()
     show(start(line(max_age_h=3, keep="never")), outcome(5))
     assert len(check(tmp_path / "frames/top")) == 2
+
+
+@pytest.mark.parametrize(("synced", "left"), [(False, 2), (None, 0), (True, 0)])
+def test_a_clock_that_was_not_set_takes_no_frame_for_one_of_the_future(
+    start: Callable[..., NovelFrames], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, synced: bool | None, left: int
+) -> None:
+    show(start(), outcome(1), outcome(2))
+    monkeypatch.setattr(novel_frames, "wall_s", lambda: 0.0)  # a board without a battery, before it has found its time
+    monkeypatch.setattr(novel_frames, "is_synced", lambda: synced)
+    show(start(line(keep="never")), outcome(5))
+    assert len(check(tmp_path / "frames/top")) == left
 
 
 def test_the_number_of_small_frames_is_bounded_too(tmp_path: Path) -> None:

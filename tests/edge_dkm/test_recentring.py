@@ -175,6 +175,14 @@ def test_too_few_parts_are_refused_with_the_number_that_is_needed() -> None:
     assert refusal(judged(parts(13, 0))).code == "no_rows"
 
 
+def test_a_share_without_a_good_part_is_refused_too() -> None:
+    """With a target of 30 % most parts may be novel, and those that are dealt to the radii may all be."""
+    rows = judged(parts(0, 200))
+    dealt_to_radii = deal(rows, np.random.default_rng(OPTIONS.seed)).radius
+    found = refusal(replace(rows, is_novel=dealt_to_radii), Options(0.3))
+    assert found.code == "too_few" and found.recommended == "wait" and "no good part" in found.detail
+
+
 def test_fewer_groups_than_the_rate_needs_promise_the_smallest_rate_they_can() -> None:
     proposal = recentre(judged(parts(14, 60)), BASE, SPACE, OPTIONS)
     assert proposal.calibration.is_weaker_than_asked and proposal.figures["promised_frr"] > ALPHA

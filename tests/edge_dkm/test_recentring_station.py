@@ -110,6 +110,21 @@ def test_hours_leave_out_older_parts(settings: LineSettings, monkeypatch: pytest
     assert recentred(settings, hours=3.0, dry_run=True).figures["rows"] == N
     done = recentred(settings, hours=1.0)
     assert done.refusal is not None and done.refusal.code == "no_rows"
+    assert "none of the 200 parts that were kept is of the last 1 hours" in text(done)
+
+
+@pytest.mark.parametrize(
+    ("wish", "words"),
+    [
+        ({"hours": 0.0}, "--hours is 0, expected more than 0"),
+        ({"hours": float("nan")}, "--hours is nan, expected more than 0"),
+        ({"target_frr": 5.0}, "--target-frr is 5, expected a share between 0 and 1"),
+        ({"target_frr": float("nan")}, "--target-frr is nan, expected a share"),
+    ],
+)
+def test_a_wish_that_makes_no_sense_is_refused(settings: LineSettings, wish: dict[str, float], words: str) -> None:
+    with pytest.raises(UsageError, match=words):
+        recentred(settings, **wish)
 
 
 def test_a_cluster_that_the_line_rejects_is_left_out(make_line: Make) -> None:
@@ -144,6 +159,31 @@ def test_cameras_of_one_model_have_codebooks_of_their_own(make_line: Make, part_
             list(station.roll_back(None, done["top"].codebook))
         with pytest.raises(UsageError, match="expected one of top, side"):
             list(station.recentre(Wish(camera="lid")))
+
+
+def test_a_codebook_of_another_camera_is_refused(make_line: Make, part_folder: Path) -> None:
+    source = f"{{source: '{part_folder}', pace: max, policy: every}}"
+    settings = make_line(1883, cameras=f"{{side: {source}, top: {source}}}")
+    fill(settings, "top")
+    codebook = recentred(settings).codebook
+    with Station(settings) as station:
+        with pytest.raises(ModelError, match=f"codebook {codebook} was made from parts of camera top, not of side"):
+            list(station.roll_back("side", codebook))
+        list(station.roll_back("top", None))
+        (back,) = station.roll_back("top", codebook)  # control
+        assert back.codebook == codebook
+
+
+def test_a_rollback_without_a_camera_leaves_those_at_base_alone(make_line: Make, part_folder: Path) -> None:
+    source = f"{{source: '{part_folder}', pace: max, policy: every}}"
+    settings = make_line(1883, cameras=f"{{side: {source}, top: {source}}}")  # the one at base comes first
+    fill(settings, "top")
+    codebook = recentred(settings).codebook
+    with Station(settings) as station:
+        (back,) = station.roll_back(None, None)
+        assert (back.camera, back.running, back.codebook) == ("top", codebook, "base")
+        with pytest.raises(UsageError, match="cameras side, top judge by codebook base already"):
+            list(station.roll_back(None, None))
 
 
 def test_a_line_that_never_ran_is_named(make_line: Make) -> None:

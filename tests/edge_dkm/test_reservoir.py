@@ -141,6 +141,20 @@ def test_what_float16_cannot_hold_is_refused(tmp_path: Path) -> None:
     reservoir.close()
 
 
+def test_a_row_that_the_disk_takes_half_is_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where a disk fills up, `pwrite` may write a part and raise nothing."""
+    path, write = tmp_path / "r.rows", os.pwrite
+    opened = Reservoir(path, SPEC, seed=0)
+    opened.add(row(1))
+    monkeypatch.setattr(os, "pwrite", lambda file, data, at: write(file, data[: SIZE // 2], at))
+    with pytest.raises(OSError, match="No space left"):
+        opened.add(row(2))
+    monkeypatch.setattr(os, "pwrite", write)
+    assert len(opened) == 1 and opened.add(row(3)) and len(opened) == 2
+    opened.close()
+    assert read_rows(path, SHA, D).seq.tolist() == [1, 2]
+
+
 def test_after_a_kill_at_any_moment_all_rows_but_the_torn_one_are_there(tmp_path: Path) -> None:
     path = tmp_path / "r.rows"
     program = f"""

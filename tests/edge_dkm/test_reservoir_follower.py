@@ -16,7 +16,7 @@ from edge_dkm.inspector import Inspection, Inspector
 from edge_dkm.message import Part, TriggerInfo
 from edge_dkm.pipeline import Outcome
 from edge_dkm.recentring import reservoir_follower as module
-from edge_dkm.recentring.reservoir import Rows, read_rows, reservoir_path
+from edge_dkm.recentring.reservoir import Rows, read_rows, reservoir_path, row_type
 from edge_dkm.recentring.reservoir_follower import ReservoirFollower
 from edge_dkm.results import Case
 from edge_dkm.settings import ReservoirSettings
@@ -97,6 +97,25 @@ def test_all_cameras_together_keep_to_the_limit_and_files_of_other_models_go_fir
     assert 20 < len(rows_of(tmp_path, inspector)) < 200
     assert sum(path.stat().st_size for path in folder.iterdir()) <= 10_000
     assert not any((folder / name).exists() for name in others)
+
+
+def test_the_rows_of_a_camera_that_is_gone_count_too(
+    tmp_path: Path, inspector: Inspector, inspection: Inspection
+) -> None:
+    folder = tmp_path / "reservoir"
+    folder.mkdir()
+    (folder / "gone.111111111111.rows").write_bytes(b"x" * 6000)
+    (folder / "old.111111111111.rows").write_bytes(b"x" * 2000)
+    os.utime(folder / "gone.111111111111.rows", (1, 1))
+    of_two_cameras = 2 * 50 * row_type(inspector.metadata.embed_dim).itemsize
+    limit = of_two_cameras + 5000
+    kept = follower(tmp_path, inspector, rows=50, max_mb=limit / 1e6)
+    for n in range(200):
+        kept.follow(outcome(inspection, n))
+        kept.follow(outcome(inspection, n, camera="side"))
+    kept.close()
+    assert of_two_cameras < sum(path.stat().st_size for path in folder.iterdir()) <= limit
+    assert (folder / "old.111111111111.rows").exists() and not (folder / "gone.111111111111.rows").exists()
 
 
 def test_nothing_is_kept_where_none_are_wanted(tmp_path: Path, inspector: Inspector, inspection: Inspection) -> None:

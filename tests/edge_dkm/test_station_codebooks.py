@@ -168,7 +168,7 @@ def test_what_cannot_be_used_is_not_switched_to(tmp_path: Path, inspector: Inspe
         station.switch("top", "0" * 12, "rollback")
     with pytest.raises(UsageError, match="no camera side"):
         station.switch("side", name, "recentre")
-    (tmp_path / "codebooks" / "current.tmp").mkdir()  # the disk refuses
+    (tmp_path / "codebooks" / ".current.json.tmp").mkdir()  # the disk refuses
     with pytest.raises(StorageError, match="goes on"):
         station.switch("top", "base", "rollback")
     assert inspector.inspect(FRAME).codebook == name and station.plain()["top"]["codebook"] == name

@@ -8,6 +8,7 @@ from pydantic import ValidationError
 from torch import Tensor
 
 from trainer.bank.bank import Bank
+from trainer.bank.gaussians import Gaussians, Moments
 from trainer.bank.settings import BankSettings
 
 NO_CLUSTER = torch.zeros(2, dtype=torch.int64)
@@ -53,11 +54,13 @@ def learned(**changes: Any) -> tuple[Bank, dict[str, Tensor]]:
     maps = {"a": torch.rand(30, 3, 6, 6, generator=generator), "b": torch.rand(30, 5, 3, 3, generator=generator)}
     rows = made.cells.gather(maps).flatten(2).transpose(1, 2).flatten(0, 1)
     made.cells.fit(rows, made.settings.whiten)
-    if made.settings.learn == "gaussian":
-        made.ordinary.fit([made.cells(maps)])  # type: ignore[call-arg,arg-type,list-item]
+    if isinstance(made.ordinary, Gaussians):
+        moments = Moments()
+        moments.add(made.cells(maps))
+        made.ordinary.fit(moments)
     else:
         groups = torch.arange(30).repeat_interleave(len(rows) // 30)
-        made.ordinary.fit(made.cells.project(rows), groups, groups % 2, 0)  # type: ignore[call-arg,arg-type]
+        made.ordinary.fit(made.cells.project(rows), groups, groups % 2, 0)
     made.patch_radius.fill_(0.5)
     return made.eval(), {name: value[:2] + 0.1 for name, value in maps.items()}
 

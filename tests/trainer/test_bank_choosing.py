@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,12 +13,16 @@ from tests.conftest import TINY
 from trainer import FitOptions, fit, load_run
 from trainer.bank import choosing
 from trainer.bank.bank import Bank
-from trainer.bank.choosing import Choice, Trial, candidates, choose
+from trainer.bank.choosing import Choice, Trial, affordable, candidates, choose
 from trainer.bank.cost import bank_operations, check_cost, cost_of, encoder_operations
+from trainer.bank.fitting import check_bank
 from trainer.bank.learning import Material, learn_bank, learn_banks
 from trainer.bank.settings import BankSettings
+from trainer.encoders.conv import ConvEncoder, ConvSettings
 from trainer.errors import DataError
 from trainer.model import ClusterModel
+from trainer.preprocess import Preprocess, PreprocessSettings
+from trainer.projection import Projection, ProjectionSettings
 from trainer.settings import TrainSettings
 
 SIDE_PX = 24
@@ -89,10 +94,55 @@ def test_clusters_are_kept_from_a_bank_only_where_there_are_four(
     assert choose(model, parts, lambda text: None).chosen.cluster_auroc is None
 
 
+@pytest.mark.parametrize("seed", range(4))
+def test_a_cluster_that_leaves_too_few_others_is_not_kept_away(
+    model: ClusterModel, monkeypatch: pytest.MonkeyPatch, seed: int
+) -> None:
+    monkeypatch.setattr(choosing, "candidates", lambda layers: few(layers)[2:])
+    parts, ids = plain_parts(24), torch.zeros(24, dtype=torch.int64)
+    ids[:3] = torch.arange(1, 4)  # all others are of cluster 0
+    chosen = choose(model, replace(parts, clusters=ids, seed=seed), lambda text: None).chosen
+    assert chosen.cluster_auroc is not None  # by the three small ones, each of one part
+
+
 def test_an_encoder_too_small_for_every_bank_is_told_so(model: ClusterModel, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(choosing, "candidates", lambda layers: few(layers)[1:2])
     with pytest.raises(DataError, match=r"every bank that is tried costs more than its bound for encoder conv"):
         choose(model, plain_parts(), lambda text: None)
+
+
+def test_a_candidate_whose_stride_leaves_no_cell_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    encoder = ConvEncoder(ConvSettings(channels=(4, 4, 4), dim=4), (3, 16, 16))
+    preprocess = Preprocess(PreprocessSettings(resize="none"), 16, 16)
+    small = ClusterModel(preprocess, encoder, Projection(ProjectionSettings(), 4, 10), 1)
+    whole = BankSettings(layers=("conv3",), size=4, dim=4, max_cost=10)  # 2 x 2 cells
+    monkeypatch.setattr(
+        choosing, "candidates", lambda layers: [whole, whole.model_copy(update={"stride": 4, "size": 1})]
+    )
+    assert affordable(small, torch.zeros(1, 16, 16, 3, dtype=torch.uint8)) == [whole]
+
+
+@pytest.mark.parametrize(
+    ("bank", "words"),
+    [
+        ("auto", "every bank that is tried costs more"),
+        ("{layers: [conv2, conv3], size: 4096}", "costs .* of the encoder's multiply-adds, max_cost allows 20%"),
+        ("{layers: [fire8]}", "names 'fire8', which encoder conv does not have"),
+        ("{layers: [conv2], size: 8, dim: 4}", None),
+        ("null", None),
+    ],
+)
+def test_a_bank_that_cannot_be_is_refused_before_anything_is_trained(
+    model: ClusterModel, monkeypatch: pytest.MonkeyPatch, bank: str, words: str | None
+) -> None:
+    monkeypatch.setattr(choosing, "candidates", lambda layers: few(layers)[1:2])
+    text = TINY.format(path="nowhere").replace("{target_frr: 0.1}", f"{{target_frr: 0.1, bank: {bank}}}")
+    settings, part = load_text(TrainSettings, text, "bank.yaml"), plain_parts(1).pixels
+    if words is None:
+        check_bank(model, settings, part)
+        return
+    with pytest.raises(DataError, match=words):
+        check_bank(model, settings, part)
 
 
 def test_banks_learned_together_are_those_learned_alone(model: ClusterModel) -> None:
@@ -125,6 +175,13 @@ def test_the_cost_is_counted_by_hand(model: ClusterModel) -> None:
     maps = {"conv3": torch.zeros(1, 16, 3, 3)}
     assert bank_operations(bank, maps) == 9 * 16 * 4 + 9 * 4 * 5
     assert cost_of(bank, model, parts.pixels[:1]) == pytest.approx((9 * 16 * 4 + 9 * 4 * 5) / expected)
+
+
+def test_centres_that_clusters_bring_beyond_the_size_are_counted(model: ClusterModel) -> None:
+    parts = plain_parts(32)
+    of_eight = Material(parts.pixels, parts.groups, torch.arange(32) % 8, 0)
+    bank = learn_bank(BankSettings(layers=("conv3",), size=8, dim=4, per_cluster=True), model, of_eight)
+    assert bank_operations(bank, {"conv3": torch.zeros(1, 16, 3, 3)}) == 9 * 16 * 4 + 9 * 4 * 64  # 8 of each
 
 
 def test_a_bank_that_costs_too_much_is_refused_with_the_size_that_would_fit(model: ClusterModel) -> None:

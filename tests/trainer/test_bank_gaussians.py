@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -7,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from trainer.bank.gaussians import Gaussians
+from trainer.bank.gaussians import Gaussians, Moments
 from trainer.bank.settings import BankSettings
 from trainer.errors import DataError
 
@@ -17,8 +18,15 @@ def settings(**changes: Any) -> BankSettings:
 
 
 def learned(cells: Tensor, **changes: Any) -> Gaussians:
-    found = Gaussians(settings(**changes), cells.shape[1])
-    found.fit([cells])
+    return learned_in_batches([cells], **changes)
+
+
+def learned_in_batches(batches: Iterable[Tensor], **changes: Any) -> Gaussians:
+    moments = Moments()
+    for batch in batches:
+        moments.add(batch)
+    found = Gaussians(settings(**changes), moments.first.shape[1])
+    found.fit(moments)
     return found
 
 
@@ -85,8 +93,7 @@ def test_an_ordinary_cell_is_at_about_one() -> None:
 
 def test_batches_of_any_size_learn_the_same() -> None:
     x = cells()
-    whole, parts = learned(x), Gaussians(settings(), 2)
-    parts.fit(iter(x.split(7)))
+    whole, parts = learned(x), learned_in_batches(x.split(7))
     assert torch.allclose(whole.mean, parts.mean, atol=1e-5)
     assert torch.allclose(whole.factor, parts.factor, rtol=1e-4, atol=1e-5)
 

@@ -18,6 +18,7 @@ from configs import load_text
 from tests.conftest import with_bank
 from tests.images import KINDS, draw
 from trainer import FitOptions, Run, fit, load_run
+from trainer.bank import learning
 from trainer.bank.fitting import set_radius
 from trainer.bank.learning import Material, learn_bank, sample_cells
 from trainer.bank.settings import BankSettings
@@ -207,6 +208,24 @@ def test_the_same_number_of_cells_is_drawn_of_each_image(model: ClusterModel, mo
     assert len(rows.unique(dim=0)) == len(rows)  # none of them twice
 
 
+def test_of_more_images_than_cells_are_sampled_only_so_many_are_looked_at(
+    model: ClusterModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bank = learn_bank(SETTINGS, model, material(model, pixels(model)))
+    monkeypatch.setattr(learning, "SAMPLED_CELLS", 10)
+    looked_at: list[int] = []
+
+    def maps_of(layers: Any, model: ClusterModel, images: Tensor) -> Any:
+        looked_at.append(len(images))
+        return all_maps_of(layers, model, images)
+
+    all_maps_of = learning.maps_of
+    monkeypatch.setattr(learning, "maps_of", maps_of)
+    ((rows, image),) = sample_cells([bank], model, material(model, pixels(model)))
+    assert rows.shape == (10, 8 + 16) and len(image.unique()) == 10 and looked_at == [10]
+    assert image.tolist() == sorted(image.tolist()) and int(image.max()) < 18
+
+
 @pytest.mark.parametrize("cells", ["patches", "image"])
 def test_identical_images_are_refused(model: ClusterModel, cells: str) -> None:
     one = pixels(model)[:1].repeat(12, 1, 1, 1)
@@ -221,6 +240,19 @@ def test_identical_images_are_refused(model: ClusterModel, cells: str) -> None:
     assert torch.isfinite(learn_bank(settings, model, material(model, one)).ordinary.centres).all()  # type: ignore[operator]
 
 
+@pytest.mark.parametrize("learn", ["kmeans", "gaussian"])
+def test_there_are_no_more_directions_than_cells_to_find_them_in(model: ClusterModel, learn: str) -> None:
+    images = pixels(model, per_kind=1)  # 3 images of 3 x 3 cells, 16 channels
+    settings = BankSettings(layers=("conv3",), learn=learn, dim=16)
+    bank = learn_bank(settings.model_copy(update={"stride": 2}), model, material(model, images))
+    assert bank.cells.out_dim == 2  # of 3 cells
+    assert learn_bank(settings, model, material(model, images)).cells.out_dim == 16  # control: of 27
+    score, field = bank(
+        model.encoder.with_maps(model.input_of(images), ("conv3",))[1], torch.zeros(3, dtype=torch.int64)
+    )
+    assert torch.isfinite(score).all() and field.shape == (3, 1, 1)
+
+
 def test_an_unknown_layer_is_refused_and_those_that_are_there_are_named(model: ClusterModel) -> None:
     settings = SETTINGS.model_copy(update={"layers": ("conv1", "fire8")})
     with pytest.raises(
@@ -231,9 +263,9 @@ def test_an_unknown_layer_is_refused_and_those_that_are_there_are_named(model: C
 
 def test_an_encoder_without_maps_is_refused(tiny_settings_text: str, tmp_path: Path) -> None:
     text = tiny_settings_text.replace("{target_frr: 0.1}", "{target_frr: 0.1, bank: {layers: [conv1]}}")
-    words = r"novelty\.bank.* encoder mlp does not have; it has none"
-    with pytest.raises(DataError, match=words):
-        fit(load_text(TrainSettings, text, "mlp.yaml"), FitOptions(out=tmp_path))
+    for wanted in (text, text.replace("{layers: [conv1]}", "auto")):
+        with pytest.raises(DataError, match=r"encoder mlp has no feature maps, which novelty\.bank looks at"):
+            fit(load_text(TrainSettings, wanted, "mlp.yaml"), FitOptions(out=tmp_path / str(len(wanted))))
 
 
 def test_the_message_of_maps_that_are_not_there_names_the_setting(tiny_run_folder: Path) -> None:
@@ -261,6 +293,7 @@ def test_a_stride_that_leaves_no_cell_is_refused() -> None:
         ("{learn: gaussian, cells: image}", "expected cells: patches, per_cluster: false and local: false"),
         ("{learn: kmedoids}", "learn"),
         ("{size: 0}", "size"),
+        ("{layers: [conv1, conv2, conv1]}", "layers are conv1, conv2, conv1, expected each once"),
         ("{colour: red}", "colour"),
         ("big", "bank"),
     ],

@@ -99,17 +99,10 @@ def test_a_resume_on_changed_images_is_refused(image_folder: Path, tmp_path: Pat
     with pytest.raises(InterruptedTraining):
         fit(dec(images), FitOptions(out=tmp_path / "run", progress=StopAfter("reconstruct", 1)))
     write_png(images / "disc" / "000.png", draw("disc", np.random.default_rng(99)))
-    with pytest.raises(ArtifactError, match="other images"):
+    with pytest.raises(
+        ArtifactError, match=r"other images \(manifest [0-9a-f]{12}, now [0-9a-f]{12}\); restore the data"
+    ):
         fit(dec(images), FitOptions(out=tmp_path / "run", resume=True))
-
-
-def test_a_damaged_checkpoint_is_named(image_folder: Path, tmp_path: Path) -> None:
-    with pytest.raises(InterruptedTraining):
-        fit(dec(image_folder), FitOptions(out=tmp_path, progress=StopAfter("reconstruct", 1)))
-    path = tmp_path / "checkpoints" / NAME
-    path.write_bytes(path.read_bytes()[:1000])
-    with pytest.raises(ArtifactError, match="cannot be read"):
-        fit(dec(image_folder), FitOptions(out=tmp_path, resume=True))
 
 
 def test_a_complete_run_is_never_overwritten(tiny_run_folder: Path, image_folder: Path) -> None:

@@ -113,6 +113,13 @@ def test_bad_input_costs_its_own_frame_and_is_counted(tmp_path: Path) -> None:
     assert done.left_out == {"missing file": 1, "unreadable": 2, "other size": 1, "bad row": 2}
 
 
+def test_a_group_may_hold_what_unicode_calls_an_end_of_line(tmp_path: Path) -> None:
+    folder, groups = recording(tmp_path / "rec", 3), ["SN\u20281", "SN\x852", "SN\x0b3"]
+    write_index(folder, [[f"top-{n}.png", "top", "", group, "", "", "", "", "", ""] for n, group in enumerate(groups)])
+    done = ingest([folder], tmp_path / "out")
+    assert done.left_out == {} and [row["group"] for row in rows_of(tmp_path / "out")] == groups
+
+
 def test_a_frame_that_was_recorded_without_a_model_fails_only_filters_on_its_answer(tmp_path: Path) -> None:
     folder = recording(tmp_path / "rec", 2)
     write_index(folder, [[f"top-{n}.png", "top", "", n, "", "", "", "", "", ""] for n in range(2)])
@@ -128,6 +135,26 @@ def test_gathered_frames_outlive_the_ring_that_they_came_from(tmp_path: Path) ->
     ingest([folder], tmp_path / "out")
     (folder / "top-0.png").unlink()
     assert np.array_equal(np.asarray(cv2.imread(str(tmp_path / "out/top-0.png"))), picture)
+
+
+def test_a_frame_that_the_ring_lets_go_of_meanwhile_is_left_out_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, link = recording(tmp_path / "ring", 3), Path.hardlink_to
+
+    def trimmed_before_the_second(self: Path, target: Path) -> None:
+        if target.name == "top-1.png":
+            target.unlink()
+        link(self, target)
+
+    monkeypatch.setattr(Path, "hardlink_to", trimmed_before_the_second)
+    done = ingest([folder], tmp_path / "out")
+    assert (done.kept, done.groups, done.left_out) == (2, 2, {"missing file": 1})
+    assert [row["file"] for row in rows_of(tmp_path / "out")] == ["top-0.png", "top-2.png"]
+    monkeypatch.setattr(Path, "hardlink_to", lambda self, target: target.unlink() or link(self, target))
+    with pytest.raises(DataError, match=r"is left \(missing file 3\)"):
+        ingest([folder], tmp_path / "none")
+    assert not (tmp_path / "none/index.csv").exists()
 
 
 def test_where_links_are_impossible_frames_are_copied(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -114,6 +114,21 @@ def test_the_encoder_sees_the_same_part_under_another_light_only_with_it(color: 
     assert moved[1.0] < 0.02 < 0.1 < moved[None]
 
 
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("share", [None, 0.0, 0.5])
+@pytest.mark.parametrize("color", ["bgr", "gray"])
+def test_what_the_encoder_takes_has_mean_0_and_deviation_1(color: str, share: float | None, channels: int) -> None:
+    dark = (torch.cat([texture(seed=n) for n in range(6)]) / 4).round().to(torch.uint8)
+    pixels = dark.expand(-1, channels, -1, -1).permute(0, 2, 3, 1).contiguous()
+    settings: Any = {"color": color, "local_contrast": share}
+    for kind in ("mean_std", "rms"):
+        preprocess = Preprocess(PreprocessSettings(normalise=kind, **settings), 96, 80)
+        preprocess.fit_normalise(pixels)
+        x = preprocess.normalise(pixels)
+        assert float(x.square().mean().sqrt()) == pytest.approx(1.0, rel=1e-3)
+        assert kind == "rms" or float(x.mean()) == pytest.approx(0.0, abs=1e-3)
+
+
 def test_none_is_off_and_0_is_the_whole_images_contrast() -> None:
     pixels = texture(48, 48, 3).permute(0, 2, 3, 1).byte()
     x = pixels.permute(0, 3, 1, 2).float()

@@ -25,7 +25,7 @@ NEAREST = 0.05  # the smallest distance between a cell of a grid and a centre, w
 
 
 class Centres(nn.Module):
-    """`centres` (M, d), `radius` (M,), `cluster` (M,), empty unless `per_cluster`."""
+    """`centres` (M, d), `radius` (M,), `cluster` (M,), empty unless `per_cluster`. Before `fit`, M is `settings.size`."""
 
     centres: Tensor
     radius: Tensor
@@ -34,8 +34,8 @@ class Centres(nn.Module):
     def __init__(self, settings: BankSettings, dim: int) -> None:
         super().__init__()
         self.settings = settings
-        self.register_buffer("centres", torch.zeros(1, dim))
-        self.register_buffer("radius", torch.ones(1))
+        self.register_buffer("centres", torch.zeros(settings.size, dim))
+        self.register_buffer("radius", torch.ones(settings.size))
         self.register_buffer("cluster", torch.zeros(0, dtype=torch.int64))
 
     def forward(self, cells: Tensor, cluster_id: Tensor) -> Tensor:

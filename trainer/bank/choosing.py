@@ -21,7 +21,7 @@ from torch import Tensor
 from trainer.bank.bank import Bank
 from trainer.bank.cost import bank_operations, cost_of, encoder_operations
 from trainer.bank.defects import with_defect
-from trainer.bank.learning import Material, learn_banks, maps_of, union_of
+from trainer.bank.learning import Material, empty_bank, learn_banks, maps_of, union_of
 from trainer.bank.settings import BankSettings, Reduction
 from trainer.errors import DataError
 from trainer.model import ClusterModel
@@ -30,6 +30,7 @@ MOST_IMAGES = 320
 FOLDS = 2
 MIN_CLUSTERS = 4
 KEPT_CLUSTERS = 3  # how many of them are kept away, one after the other
+MIN_OTHERS = 8  # parts of other clusters in a fold, to learn from and to compare with
 CLOSE = 0.005
 REDUCTIONS: tuple[Reduction, ...] = ("max", "top", "mean")
 
@@ -108,7 +109,7 @@ def choose(model: ClusterModel, material: Material, say: Callable[[str], None]) 
         DataError: no candidate fits this encoder and these parts; the last one's reason is in the text.
     """
     material = _thinned(material)
-    wanted = _affordable(candidates(model.encoder.map_layers), model, material)
+    wanted = affordable(model, material.pixels[:1])
     say(f"choosing one of {len(wanted)} banks on drawn defects")
     fold, ids = _folds(material), material.clusters.cpu().numpy()
     synthetic, kept = [], []
@@ -116,7 +117,7 @@ def choose(model: ClusterModel, material: Material, say: Callable[[str], None]) 
         good = material.take(np.flatnonzero(fold == n))
         banks = learn_banks(wanted, model, material.take(np.flatnonzero(fold != n)))
         synthetic.append(_aurocs(banks, model, good, _damaged(good)))
-    for k in _clusters_to_keep(ids):
+    for k in _clusters_to_keep(ids, fold):
         banks = learn_banks(wanted, model, material.take(np.flatnonzero((fold != 0) & (ids != k))))
         good = material.take(np.flatnonzero((fold == 0) & (ids != k)))
         kept.append(_aurocs(banks, model, good, material.take(np.flatnonzero(ids == k))))
@@ -138,14 +139,20 @@ def pick(trials: Sequence[Trial]) -> Choice:
     return Choice(ranked, min(close, key=lambda trial: trial.cost))
 
 
-def _affordable(wanted: Sequence[BankSettings], model: ClusterModel, material: Material) -> list[BankSettings]:
-    """Those whose cost is within their bound; found out before anything is learned."""
-    maps = next(maps_of(union_of(wanted), model, material.pixels[:1]))
-    of_encoder = encoder_operations(model, material.pixels[:1])
+def affordable(model: ClusterModel, pixels: Tensor) -> list[BankSettings]:
+    """The candidates that leave a cell of the maps and whose cost is within their bound; `pixels` (1, h, w, C) of any part.
+
+    Raises:
+        DataError: the encoder has no maps, or too few operations for any of them.
+    """
+    model.encoder.check_layers(())
+    wanted = candidates(model.encoder.map_layers)
+    maps = next(maps_of(union_of(wanted), model, pixels))
+    of_encoder = encoder_operations(model, pixels)
     found = []
     for settings in wanted:
-        empty = Bank(settings, [maps[layer].shape[1] for layer in settings.layers]).to(model.centroids.device)
-        if bank_operations(empty, maps) <= settings.max_cost * of_encoder:
+        empty = empty_bank(settings, maps)
+        if 0 not in empty.cells(maps).shape and bank_operations(empty, maps) <= settings.max_cost * of_encoder:
             found.append(settings)
     if not found:
         raise DataError(
@@ -187,7 +194,7 @@ def _scores(banks: Sequence[Bank], model: ClusterModel, part: Material) -> list[
 def _damaged(good: Material) -> Material:
     """The same parts, each with one drawn defect."""
     rng = np.random.default_rng((good.seed, 11))
-    pixels = good.pixels.cpu().numpy()
+    pixels = good.pixels[:].cpu().numpy()
     others = rng.permutation(len(pixels))
     if pixels.dtype != np.uint8:  # `resize: matmul` gives grey levels as floats
         pixels = np.rint(pixels).clip(0, 255).astype(np.uint8)
@@ -206,12 +213,13 @@ def _folds(material: Material) -> NDArray[np.int64]:
     return np.asarray(order[index], np.int64)
 
 
-def _clusters_to_keep(ids: NDArray[np.int64]) -> list[int]:
-    """The largest clusters; none where there are fewer than MIN_CLUSTERS."""
+def _clusters_to_keep(ids: NDArray[np.int64], fold: NDArray[np.int64]) -> list[int]:
+    """The largest clusters that leave MIN_OTHERS parts in each fold; none where there are fewer than MIN_CLUSTERS."""
     found, counts = np.unique(ids, return_counts=True)
     if len(found) < MIN_CLUSTERS:
         return []
-    return [int(k) for k in found[np.argsort(-counts, kind="stable")][:KEPT_CLUSTERS]]
+    largest = [int(k) for k in found[np.argsort(-counts, kind="stable")]]
+    return [k for k in largest if np.bincount(fold[ids != k], minlength=FOLDS).min() >= MIN_OTHERS][:KEPT_CLUSTERS]
 
 
 def _thinned(material: Material) -> Material:

@@ -48,7 +48,7 @@ def bank_operations(bank: Bank, maps: Mapping[str, Tensor]) -> int:
     for layer, width in zip(settings.layers, cells.widths, strict=True):
         counted += width * cells.out_dim * (1 if cells.is_image else maps[layer].shape[2] * maps[layer].shape[3])
     if isinstance(bank.ordinary, Centres):
-        return counted + places * cells.out_dim * min(settings.size, max(len(bank.ordinary.centres), settings.size))
+        return counted + places * cells.out_dim * len(bank.ordinary.centres)
     return counted + places * cells.out_dim**2
 
 
@@ -70,8 +70,10 @@ def check_cost(bank: Bank, model: ClusterModel, pixels: Tensor) -> float:
     cost, settings = cost_of(bank, model, pixels), bank.settings
     if cost <= settings.max_cost:
         return cost
-    fixed = cost_of(Bank(settings.model_copy(update={"size": 1}), _widths(bank)).to(pixels.device), model, pixels)
-    per_centre = (cost - fixed) / max(1, settings.size - 1)
+    least = Bank(settings.model_copy(update={"size": 1}), _widths(bank)).to(model.centroids.device)
+    fixed = cost_of(least, model, pixels)
+    count = len(bank.ordinary.centres) if isinstance(bank.ordinary, Centres) else 1
+    per_centre = (cost - fixed) / max(1, count - 1)
     fits = int((settings.max_cost - fixed) / per_centre) if per_centre > 0 else 0
     way = (
         f"size {fits} would fit"

@@ -10,13 +10,14 @@ import torch
 from numpy.typing import NDArray
 
 from trainer.bank.bank import Bank
-from trainer.bank.choosing import choose
+from trainer.bank.choosing import affordable, choose
 from trainer.bank.cost import check_cost
-from trainer.bank.learning import Material, learn_bank
+from trainer.bank.learning import Material, empty_bank, learn_bank, maps_of
 from trainer.data import Dataset
 from trainer.model import ClusterModel, Seen
 from trainer.settings import TrainSettings
 from trainer.splits import Split
+from trainer.stored_pixels import Pixels, select
 
 RADIUS_FLOOR = 1e-6
 
@@ -46,7 +47,7 @@ def equip(
     bank = learn_bank(wanted, model, material)
     cost = check_cost(bank, model, material.pixels[:1])
     model.bank = bank
-    set_radius(model, bank, dataset.pixels[torch.from_numpy(split.radius if len(split.radius) else train)])
+    set_radius(model, bank, select(dataset.pixels, torch.from_numpy(split.radius if len(split.radius) else train)))
     kept: dict[str, Any] = {
         "settings": bank.settings.model_dump(mode="json"),
         "patch_radius": float(bank.patch_radius),
@@ -55,14 +56,31 @@ def equip(
     return {"bank": kept | ({} if choice is None else {"choice": choice.plain()})}
 
 
+def check_bank(model: ClusterModel, settings: TrainSettings, pixels: torch.Tensor) -> None:
+    """Before anything is trained: whether the encoder has the maps of `novelty.bank`, and whether it costs too much.
+
+    Args:
+        pixels: (1, h, w, C) of any part; only their size counts.
+
+    Raises:
+        DataError: what is wrong, and what would fit.
+    """
+    wanted = settings.calibration.bank if settings.calibration else None
+    if wanted == "auto":
+        affordable(model, pixels)
+    elif wanted is not None:
+        model.encoder.check_layers(wanted.layers)
+        check_cost(empty_bank(wanted, next(maps_of(wanted.layers, model, pixels))), model, pixels)
+
+
 def material_of(model: ClusterModel, dataset: Dataset, index: NDArray[np.int64], seen: Seen, seed: int) -> Material:
     """The parts `index` of the data set."""
     rows = torch.from_numpy(index)
     ids, _ = model.assign(seen.z[rows.to(seen.z.device)])
-    return Material(dataset.pixels[rows], dataset.groups[index], ids, seed)
+    return Material(select(dataset.pixels, rows), dataset.groups[index], ids, seed)
 
 
-def set_radius(model: ClusterModel, bank: Bank, pixels: torch.Tensor) -> None:
+def set_radius(model: ClusterModel, bank: Bank, pixels: Pixels) -> None:
     """The median over these good parts becomes the patch_score `weight`."""
     bank.patch_radius.fill_(1.0)
     scores = model.see(pixels).patch_score

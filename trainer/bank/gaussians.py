@@ -8,8 +8,6 @@ of channels, so the identity is their common covariance; a place shares its mome
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-
 import torch
 from torch import Tensor, nn
 
@@ -53,20 +51,8 @@ class Gaussians(nn.Module):
         return apart.square().mean(2).sqrt().T.unflatten(1, (height, width))
 
     @torch.no_grad()
-    def fit(self, batches: Iterable[Tensor]) -> None:
-        """Learns from cells (B, d, h, w) of good parts, batch by batch.
-
-        Raises:
-            DataError: fewer than two parts.
-        """
-        moments = Moments()
-        for cells in batches:
-            moments.add(cells)
-        self.take(moments)
-
-    @torch.no_grad()
-    def take(self, moments: Moments) -> None:
-        """Mean and factor from what was added up.
+    def fit(self, moments: Moments) -> None:
+        """Mean and factor from what was added up of good parts.
 
         Raises:
             DataError: fewer than two parts.

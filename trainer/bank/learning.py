@@ -17,6 +17,7 @@ from trainer.bank.settings import BankSettings
 from trainer.clustering.kmeans import distinct_rows
 from trainer.errors import DataError
 from trainer.model import ClusterModel, evaluating
+from trainer.stored_pixels import Pixels, select
 
 SAMPLED_CELLS = 20_000
 BATCH = 16  # images at once: below 32 MB for a map of distances, allocators keep their memory
@@ -26,7 +27,7 @@ BATCH = 16  # images at once: below 32 MB for a map of distances, allocators kee
 class Material:
     """Good parts: pixels (N, h, w, C) as after `preprocess.geometry`, their groups (N,) and cluster ids (N,)."""
 
-    pixels: Tensor
+    pixels: Pixels
     groups: NDArray[np.int64]
     clusters: Tensor
     seed: int
@@ -35,7 +36,7 @@ class Material:
         """Some of the parts."""
         rows = torch.from_numpy(index)
         clusters = self.clusters[rows.to(self.clusters.device)]
-        return replace(self, pixels=self.pixels[rows], groups=self.groups[index], clusters=clusters)
+        return replace(self, pixels=select(self.pixels, rows), groups=self.groups[index], clusters=clusters)
 
 
 def learn_bank(settings: BankSettings, model: ClusterModel, material: Material) -> Bank:
@@ -54,11 +55,7 @@ def learn_banks(wanted: Sequence[BankSettings], model: ClusterModel, material: M
     layers = union_of(wanted)
     model.encoder.check_layers(layers)
     maps = next(maps_of(layers, model, material.pixels[:1]))
-    device, count = model.centroids.device, len(material.pixels)
-    banks = [Bank(s, [maps[layer].shape[1] for layer in s.layers]) for s in (_bounded(s, count) for s in wanted)]
-    banks = [bank.to(device) for bank in banks]
-    for bank in banks:
-        _check_stride(bank, maps)
+    banks = [_begun(settings, maps, len(material.pixels)) for settings in wanted]
     for bank, (rows, image) in zip(banks, sample_cells(banks, model, material), strict=True):
         _fit_cells(bank, rows, image, material)
     gaussians = [(bank.cells, bank.ordinary, Moments()) for bank in banks if isinstance(bank.ordinary, Gaussians)]
@@ -67,31 +64,36 @@ def learn_banks(wanted: Sequence[BankSettings], model: ClusterModel, material: M
             for cells, _, moments in gaussians:
                 moments.add(cells(maps))
         for _, ordinary, moments in gaussians:
-            ordinary.take(moments)
+            ordinary.fit(moments)
     return [bank.eval() for bank in banks]
 
 
-def _bounded(settings: BankSettings, count: int) -> BankSettings:
-    """Of whole images there are no more directions than parts."""
-    if settings.cells == "patches":
-        return settings
-    return settings.model_copy(update={"dim": max(1, min(settings.dim, count - 1))})
+def empty_bank(settings: BankSettings, maps: Mapping[str, Tensor]) -> Bank:
+    """One that has learned nothing yet, for an encoder with these maps (1, C, h, w) of one image."""
+    return Bank(settings, [maps[layer].shape[1] for layer in settings.layers]).to(maps[settings.layers[0]].device)
 
 
-def _check_stride(bank: Bank, maps: Mapping[str, Tensor]) -> None:
-    if 0 in bank.cells(maps).shape:
-        layers = bank.settings.layers
+def _begun(settings: BankSettings, maps: Mapping[str, Tensor], count: int) -> Bank:
+    """An empty bank for `count` parts; there are no more directions than cells to find them in."""
+    bank = empty_bank(settings, maps)
+    _, _, height, width = bank.cells(maps).shape
+    n_cells = count * height * width
+    if n_cells == 0:
+        layers = settings.layers
         grids = ", ".join(f"{maps[layer].shape[2]}x{maps[layer].shape[3]}" for layer in layers)
         raise DataError(
-            f"novelty.bank.stride is {bank.settings.stride}, but the maps of {', '.join(layers)} have {grids} cells, "
+            f"novelty.bank.stride is {settings.stride}, but the maps of {', '.join(layers)} have {grids} cells, "
             f"expected a stride that leaves one; stride 1 leaves all"
         )
+    if bank.cells.out_dim < n_cells:
+        return bank
+    return empty_bank(settings.model_copy(update={"dim": max(1, n_cells - 1)}), maps)
 
 
 def _fit_cells(bank: Bank, rows: Tensor, image: Tensor, material: Material) -> None:
     """The linear map, and the centres where there are some."""
     # Copies of one image are alike too, though its cells are not.
-    if distinct_rows(rows, 2) < 2 or bool((material.pixels == material.pixels[:1]).all()):
+    if distinct_rows(rows, 2) < 2 or _are_copies(material.pixels):
         raise DataError(
             f"novelty.bank finds nothing to learn: all {len(material.pixels)} good parts look alike to its layers "
             f"{', '.join(bank.settings.layers)}; record different parts, or leave novelty.bank out"
@@ -103,13 +105,18 @@ def _fit_cells(bank: Bank, rows: Tensor, image: Tensor, material: Material) -> N
         bank.ordinary.fit(z, groups[image].to(z.device), material.clusters.cpu()[image].to(z.device), material.seed)
 
 
+def _are_copies(pixels: Pixels) -> bool:
+    """Whether all images are the same; it stops at the first that is not."""
+    return all(bool((part == pixels[:1]).all()) for part in pixels.split(BATCH))
+
+
 def union_of(wanted: Iterable[BankSettings]) -> tuple[str, ...]:
     """The layers of all of them, each once."""
     return tuple(dict.fromkeys(layer for settings in wanted for layer in settings.layers))
 
 
 @torch.no_grad()
-def maps_of(layers: Sequence[str], model: ClusterModel, pixels: Tensor) -> Iterator[dict[str, Tensor]]:
+def maps_of(layers: Sequence[str], model: ClusterModel, pixels: Pixels) -> Iterator[dict[str, Tensor]]:
     """The maps of these layers, batch by batch, in eval mode."""
     with evaluating(model):
         for part in pixels.split(BATCH):
@@ -121,12 +128,18 @@ def maps_of(layers: Sequence[str], model: ClusterModel, pixels: Tensor) -> Itera
 def sample_cells(banks: Sequence[Bank], model: ClusterModel, material: Material) -> list[tuple[Tensor, Tensor]]:
     """Of each bank: rows (n, F) before the linear map and the image that each is of (n,).
 
-    SAMPLED_CELLS, the same number of each image, at random places; all cells where there are fewer.
+    SAMPLED_CELLS, the same number of each image, at random places; all cells where there are fewer. Of more images than that so many are
+    drawn, and one cell of each.
     """
-    each = max(1, -(-SAMPLED_CELLS // len(material.pixels)))
+    images, pixels = torch.arange(len(material.pixels)), material.pixels
+    if len(images) > SAMPLED_CELLS:
+        drawn = torch.randperm(len(images), generator=torch.Generator().manual_seed(material.seed))
+        images = drawn[:SAMPLED_CELLS].sort().values
+        pixels = select(pixels, images)
+    each = max(1, -(-SAMPLED_CELLS // len(images)))
     generators = [torch.Generator().manual_seed(material.seed) for _ in banks]
     rows: list[list[Tensor]] = [[] for _ in banks]
-    for maps in maps_of(union_of(bank.settings for bank in banks), model, material.pixels):
+    for maps in maps_of(union_of(bank.settings for bank in banks), model, pixels):
         for bank, generator, found in zip(banks, generators, rows, strict=True):
             cells = bank.cells.gather(maps).flatten(2).transpose(1, 2)  # (B, h w, F)
             count = min(each, cells.shape[1])
@@ -135,5 +148,4 @@ def sample_cells(banks: Sequence[Bank], model: ClusterModel, material: Material)
             drawn = drawn.to(cells.device)[..., None].expand(-1, -1, cells.shape[2])
             found.append(cells.gather(1, drawn).flatten(0, 1).float())
     samples = [torch.cat(found) for found in rows]
-    images = torch.arange(len(material.pixels))
     return [(sample, images.repeat_interleave(len(sample) // len(images))) for sample in samples]

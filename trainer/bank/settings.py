@@ -50,6 +50,8 @@ class BankSettings(Settings):
 
     @model_validator(mode="after")
     def _fits(self) -> BankSettings:
+        if len(set(self.layers)) < len(self.layers):
+            raise ValueError(f"layers are {', '.join(self.layers)}, expected each once")
         if self.learn == "gaussian" and (self.cells == "image" or self.per_cluster or self.local):
             raise ValueError(
                 "learn: gaussian describes each place of the image, expected cells: patches, per_cluster: false and local: false"

@@ -58,15 +58,18 @@ class Encoder(nn.Module):
         Raises:
             DataError: the encoder has no such map.
         """
-        raise DataError(
-            f"encoder {self.settings.name} has no feature maps, which novelty.bank looks at; leave novelty.bank out"
-        )
+        self.check_layers(layers)
+        raise TypeError(f"{type(self).__name__} names its maps and does not give them")
 
     def check_layers(self, layers: Sequence[str]) -> None:
-        """Raises DataError where `layers` are not among `map_layers`."""
+        """Raises DataError where `layers` are not among `map_layers`, or there are no maps at all."""
+        if not self.map_layers:
+            raise DataError(
+                f"encoder {self.settings.name} has no feature maps, which novelty.bank looks at; leave novelty.bank out"
+            )
         unknown = [layer for layer in layers if layer not in self.map_layers]
         if unknown:
-            there = ", ".join(self.map_layers) or "none"
+            there = ", ".join(self.map_layers)
             raise DataError(
                 f"novelty.bank.layers names '{unknown[0]}', which encoder {self.settings.name} does not have; it has {there}"
             )

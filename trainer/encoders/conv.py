@@ -15,6 +15,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from trainer.encoders.base import Encoder, EncoderSettings, Shape
+from trainer.encoders.batch_norm import BatchNorm2d
 from trainer.encoders.sobel import CHANNELS as SOBEL_CHANNELS
 from trainer.encoders.sobel import Sobel
 from trainer.errors import DataError
@@ -52,7 +53,7 @@ class ConvEncoder(Encoder):
         self.conv1 = nn.Conv2d(SOBEL_CHANNELS if settings.sobel else channels, a, 5, stride=2, padding=2)
         self.conv2 = nn.Conv2d(a, b, 5, stride=2, padding=2)
         self.conv3 = nn.Conv2d(b, c, 3, stride=2, padding=1)
-        self.norms = nn.ModuleList(nn.BatchNorm2d(n) if settings.batch_norm else nn.Identity() for n in (a, b, c))
+        self.norms = nn.ModuleList(BatchNorm2d(n) if settings.batch_norm else nn.Identity() for n in (a, b, c))
         self.inner = (c, -(-height // 8), -(-width // 8))  # after three halvings, rounded up
         self.out_dim = settings.dim
         self.linear = nn.Linear(self.inner[0] * self.inner[1] * self.inner[2], settings.dim)

@@ -9,11 +9,11 @@ from __future__ import annotations
 from itertools import pairwise
 from typing import Literal
 
-import torch
 from pydantic import Field
 from torch import Tensor, nn
 
 from trainer.encoders.base import Encoder, EncoderSettings, Shape
+from trainer.encoders.dense import Dense
 
 
 class MLPSettings(EncoderSettings):
@@ -35,12 +35,12 @@ class MLPEncoder(Encoder):
         self.out_dim = settings.dim
         widths = [shape[0] * shape[1] * shape[2], *settings.hidden, settings.dim]
         self.widths = list(pairwise(widths))
-        self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in self.widths)
+        self.layers = nn.ModuleList(Dense(a, b) for a, b in self.widths)
 
     def head(self, x: Tensor) -> Tensor:
         h = x.flatten(1)  # (B, C*H*W)
         for layer in self.layers[:-1]:
-            h = torch.relu(layer(h))
+            h = layer(h, relu=True)
         return self.layers[-1](h)
 
     def build_decoder(self) -> nn.Module:
@@ -53,9 +53,9 @@ class MLPDecoder(nn.Module):
     def __init__(self, encoder: MLPEncoder) -> None:
         super().__init__()
         self.shape = encoder.shape
-        self.layers = nn.ModuleList(nn.Linear(b, a) for a, b in reversed(encoder.widths))
+        self.layers = nn.ModuleList(Dense(b, a) for a, b in reversed(encoder.widths))
 
     def forward(self, z: Tensor) -> Tensor:
         for layer in self.layers[:-1]:
-            z = torch.relu(layer(z))
+            z = layer(z, relu=True)
         return self.layers[-1](z).unflatten(1, self.shape)

@@ -15,6 +15,7 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from trainer.encoders.base import Encoder, EncoderSettings, Shape
+from trainer.encoders.batch_norm import BatchNorm2d
 from trainer.encoders.conv import ConvDecoder
 from trainer.encoders.sobel import CHANNELS as SOBEL_CHANNELS
 from trainer.encoders.sobel import Sobel
@@ -43,12 +44,12 @@ class Block(nn.Module):
     def __init__(self, width_in: int, width: int, stride: int) -> None:
         super().__init__()
         self.conv1 = nn.Conv2d(width_in, width, 3, stride, 1, bias=False)
-        self.bn1 = nn.BatchNorm2d(width)
+        self.bn1 = BatchNorm2d(width)
         self.conv2 = nn.Conv2d(width, width, 3, 1, 1, bias=False)
-        self.bn2 = nn.BatchNorm2d(width)
+        self.bn2 = BatchNorm2d(width)
         if stride != 1 or width_in != width:
             self.downsample: nn.Module = nn.Sequential(
-                nn.Conv2d(width_in, width, 1, stride, bias=False), nn.BatchNorm2d(width)
+                nn.Conv2d(width_in, width, 1, stride, bias=False), BatchNorm2d(width)
             )
         else:
             self.downsample = nn.Identity()
@@ -69,7 +70,7 @@ class ResNetEncoder(Encoder):
         super().__init__(settings, shape)
         self.front = Sobel() if settings.sobel else nn.Identity()
         self.conv1 = nn.Conv2d(SOBEL_CHANNELS if settings.sobel else shape[0], 64, 7, 2, 3, bias=False)
-        self.bn1 = nn.BatchNorm2d(64)
+        self.bn1 = BatchNorm2d(64)
         self.maxpool = nn.MaxPool2d(3, 2, 1)
         widths = (64, 64, 128, 256, 512)
         for n, (width_in, width) in enumerate(pairwise(widths), 1):

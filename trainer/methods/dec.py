@@ -100,7 +100,7 @@ class DEC(TrainedMethod):
         """Every `refresh_steps`: new q, p and labels from a full pass; guards and churn."""
         if step % self.refresh_steps:
             return
-        z = self.learner.all_latents()
+        z = self.learner.all_latents(as_trained=True)  # a refresh is two fifths of an epoch: the whole set, forwards
         q = torch.cat([self.log_q(part).exp() for part in z.split(8192)])
         self.p = target_distribution(q)
         self.convergence.look(q, z, self.learner.model.centroids, step)

@@ -20,6 +20,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
+from trainer import ranks
 from trainer.cluster_names import class_names
 from trainer.clustering.communities import CommunityOptions, Tuned, find_communities, neighbour_edges, tune_resolution
 from trainer.clustering.kmeans import cluster_means
@@ -33,6 +34,7 @@ from trainer.clustering.representatives import (
     build_same_class_bank,
     suspected_mislabels,
 )
+from trainer.errors import DataError
 from trainer.feature_store import FeatureStore
 from trainer.layer_tap import FEATURES, LayerTap, row_of
 from trainer.learner import SCRATCH, Learner
@@ -91,6 +93,11 @@ class LCC(StagedMethod):
         )
         self.y, self.classes = given.labels.to(learner.device), given.classes
         self.refuse_learned_projection()
+        if ranks.current().are_many and settings.layers != (FEATURES,):
+            raise DataError(
+                f"method.layers is {', '.join(settings.layers)}, but of several processes each sees those layers of its own samples alone; "
+                f"expected {FEATURES}, or one process"
+            )
         self.tap = LayerTap(
             learner.model.encoder, settings.layers, "method.layers", lambda: next(learner.feature_batches())
         )
@@ -188,9 +195,13 @@ class LCC(StagedMethod):
         edges = neighbour_edges(neighbours_within(rows, options.neighbours).ids)
         resolution = 1.0 if options.resolution == "auto" else options.resolution
         how = CommunityOptions(options.communities, resolution, self.learner.seed + epoch)
-        if options.resolution == "auto":
-            return tune_resolution(edges, self.y, how, vote=self._vote())
-        return Tuned(find_communities(edges, len(self.y), how), how.resolution, True, ())
+
+        def found() -> Tuned:
+            if options.resolution == "auto":
+                return tune_resolution(edges, self.y, how, vote=self._vote())
+            return Tuned(find_communities(edges, len(self.y), how), how.resolution, True, ())
+
+        return ranks.current().same(found)  # of several processes, the first one looks for them
 
     def _vote(self) -> OwnershipOptions:
         return OwnershipOptions(self.settings.vote, self.settings.min_correct)

@@ -19,6 +19,7 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from configs import Settings
+from trainer import ranks
 from trainer.cluster_names import class_names
 from trainer.clustering.stochastic_quantization import Optimizer, QuantizationOptions, StochasticQuantizer
 from trainer.distance import nearest
@@ -169,8 +170,12 @@ class StochasticQuantization(StagedMethod):
             reseed=options.init != "classes",  # a centroid that restarts elsewhere would leave its class behind
         )
         quantizer = StochasticQuantizer(options.n_clusters, seed, how, self._class_samples(z))
-        mu = quantizer.fit(z, options.passes).centroids
-        self.learner.model.centroids.copy_(mu)
+
+        def found() -> Tensor:
+            return quantizer.fit(z, options.passes).centroids.cpu()
+
+        # One sample after the other: of several processes, the first one does it.
+        self.learner.model.centroids.copy_(ranks.current().same(found))
         if self.classes:
             self.owners = self._majorities(nearest(z, self.learner.model.centroids)[0])
 
