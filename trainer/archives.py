@@ -7,11 +7,11 @@ APPNOTE 6.3 (local header, section 4.3.7; methods 0 stored and 8 deflated), POSI
 from __future__ import annotations
 
 import os
+import posixpath
 import struct
 import tarfile
 import zipfile
 import zlib
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -113,28 +113,40 @@ def open_archive(path: Path) -> Members:
         )
     is_zip = path.suffix.lower() == ".zip"
     try:
-        found = dict(_zipped(path) if is_zip else _tarred(path))
-    except (OSError, ValueError, NotImplementedError, zipfile.BadZipFile, tarfile.TarError) as error:
+        found = _zipped(path) if is_zip else _tarred(path)
+        table = np.array(list(found.values()), np.int64).reshape(-1, 5)
+    except (OSError, ValueError, OverflowError, NotImplementedError, zipfile.BadZipFile, tarfile.TarError) as error:
         kind = "zip" if is_zip else "tar"
         raise DataError(f"data.path is {path}, which is no readable {kind} archive: {error}") from None
-    table = np.array(list(found.values()), np.int64).reshape(-1, 5)
     return Members(ByteFile(path), list(found), table, is_zip)
 
 
-def _zipped(path: Path) -> Iterator[tuple[str, tuple[int, ...]]]:
+def _zipped(path: Path) -> dict[str, tuple[int, ...]]:
+    found: dict[str, tuple[int, ...]] = {}
     with zipfile.ZipFile(path) as archive:
         for info in archive.infolist():
             if not info.is_dir():
                 method = -1 if info.flag_bits & IS_ENCRYPTED else info.compress_type
-                yield info.filename, (info.header_offset, info.compress_size, info.file_size, method, info.CRC)
+                place = (info.header_offset, info.compress_size, info.file_size, method, info.CRC)
+                found[info.filename.removeprefix("./")] = place
+    return found
 
 
-def _tarred(path: Path) -> Iterator[tuple[str, tuple[int, ...]]]:
+def _tarred(path: Path) -> dict[str, tuple[int, ...]]:
+    found: dict[str, tuple[int, ...]] = {}
+    links: dict[str, str] = {}
     with tarfile.open(path, "r:") as archive:
         for info in archive:
+            name = info.name.removeprefix("./")
             if info.isreg() and not info.issparse():
-                yield info.name.removeprefix("./"), (info.offset_data, info.size, info.size, 0, 0)
+                found[name] = (info.offset_data, info.size, info.size, 0, 0)
+                links.pop(name, None)
+            elif info.islnk() or info.issym():
+                base = posixpath.dirname(name) if info.issym() else ""
+                links[name] = posixpath.normpath(posixpath.join(base, info.linkname))
             archive.members = []  # type: ignore[attr-defined]  # it would keep all of them: a kilobyte each
+    # A folder has an image at each of its links too (`predict --sort-into` makes them); what lies outside the archive is not there.
+    return found | {name: found[target] for name, target in links.items() if target in found}
 
 
 def zip_data_offset(file: ByteFile, header_offset: int) -> int:

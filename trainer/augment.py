@@ -51,8 +51,10 @@ def augment(
     """
     draws = _Draws(len(x) if n is None else n, positions, x.device)
     if settings.moves:
-        grid = nn.functional.affine_grid(_affine(x, settings, draws), list(x.shape), align_corners=False)
-        x = nn.functional.grid_sample(x, grid, "bilinear", "border", align_corners=False)
+        maps = _affine(x, settings, draws)
+        if len(x):  # a share may be empty, which affine_grid refuses
+            grid = nn.functional.affine_grid(maps, list(x.shape), align_corners=False)
+            x = nn.functional.grid_sample(x, grid, "bilinear", "border", align_corners=False)
     if settings.contrast:
         mean = x.mean((1, 2, 3), keepdim=True)
         x = mean + (x - mean) * (1 + settings.contrast * draws.uniform(1, 1, 1))
@@ -78,9 +80,7 @@ class _Draws:
         return (torch.rand(count, self.n, device=self.device) * 2 - 1)[:, self.positions].unbind()
 
     def normal(self, x: Tensor) -> Tensor:
-        """As x (B, ...)."""
-        if isinstance(self.positions, slice):
-            return torch.randn_like(x)
+        """As x (B, ...); drawn in the order of indices, whatever the order of x in memory."""
         return torch.randn(self.n, *x.shape[1:], device=self.device, dtype=x.dtype)[self.positions]
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -64,8 +65,8 @@ class Recipe:
 class SharedAutoencoder:
     """Decides for one run whether to pre-train or to take what is there, and leaves the autoencoder in the run folder and the cache."""
 
-    def __init__(self, settings: TrainSettings, recipe: Recipe, folder: Path) -> None:
-        self.settings, self.recipe, self.own = settings, recipe, folder / NAME
+    def __init__(self, settings: TrainSettings, recipe: Recipe, folder: Path, say: Callable[[str], None]) -> None:
+        self.settings, self.recipe, self.own, self._say = settings, recipe, folder / NAME, say
         pretrain = settings.pretrain
         # What another run learned is not what this recipe gives: it never goes into the cache.
         has_cache = pretrain.cache is not None and pretrain.from_run is None
@@ -99,8 +100,12 @@ class SharedAutoencoder:
         if not ranks.current().is_first:
             return
         for path in (self.own, self.cached):
-            if path is not None:
+            if path is None:
+                continue
+            try:
                 save_autoencoder(path, learner, self.recipe)
+            except OSError as error:  # other runs would have had use of it, this one goes on without
+                self._say(f"{path} cannot be written: {error.strerror or error}")
 
 
 def save_autoencoder(path: Path, learner: Learner, recipe: Recipe) -> None:

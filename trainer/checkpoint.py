@@ -205,7 +205,8 @@ class Checkpoints:
         remove_unfinished(path)
         keeps_two = 3 * need <= limit
         if not keeps_two:
-            previous.unlink(missing_ok=True)
+            if self._is_last_whole:  # else the one before it is all there is, until the new one is written
+                previous.unlink(missing_ok=True)
             self._say_once(
                 "one",
                 f"a checkpoint has {need / MB:.3g} MB, train.checkpoint_max_mb is {self.max_mb:g}: only the last one is kept",

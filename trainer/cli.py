@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import os
 import shlex
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from configs.command import INTERRUPTED, Parser, add_command, add_overrides, guarded, show
+from configs.command import INTERRUPTED, Handler, Parser, add_command, add_overrides, guarded, show
 
 PLANNED = ("label", "init")
 
@@ -30,7 +31,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     add_command(commands, "methods", _methods, "list the clustering methods")
 
-    scan = add_command(commands, "scan", _scan, "look over a set of images: what is there, what cannot be used")
+    scan = add_command(commands, "scan", _once(_scan), "look over a set of images: what is there, what cannot be used")
     scan.add_argument("data", help="a folder, an .npz, a list (.txt, .csv), an archive (.zip, .tar) or a film")
 
     evaluate = add_command(commands, "evaluate", _evaluate, "score a run on images with class folders")
@@ -48,14 +49,29 @@ def main(argv: Sequence[str] | None = None) -> int:
     _add_comparisons(commands)
     _add_ingest(commands)
 
-    report = add_command(commands, "report", _report, "write report.html of a run again")
+    report = add_command(commands, "report", _once(_report), "write report.html of a run again")
     report.add_argument("run", type=Path)
     return guarded(parser, argv)
 
 
+def _once(handler: Handler) -> Handler:
+    """A command that several processes would each do, into the same files."""
+
+    def handle(arguments: argparse.Namespace) -> int:
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            from trainer.errors import DataError
+
+            raise DataError(
+                f"torchrun spreads fit, predict and evaluate; start {arguments.command} once, as dkm-train {arguments.command}"
+            )
+        return handler(arguments)
+
+    return handle
+
+
 def _add_comparisons(commands: Any) -> None:
     """select-k, sweep and pilot: several fits, judged without labels."""
-    select = add_command(commands, "select-k", _select_k, "choose the number of clusters, without labels")
+    select = add_command(commands, "select-k", _once(_select_k), "choose the number of clusters, without labels")
     select.add_argument("config", help="a YAML file, or a shipped name")
     select.add_argument("--k", required=True, metavar="RANGE", help="numbers of clusters to try, as 2..20 or 4,6,8")
     select.add_argument("--seeds", type=int, default=3, help="embeddings to learn and look at (default 3)")
@@ -63,7 +79,7 @@ def _add_comparisons(commands: Any) -> None:
     add_overrides(select)
 
     sweep = add_command(
-        commands, "sweep", _sweep, "compare methods and settings, without labels; the control comes first"
+        commands, "sweep", _once(_sweep), "compare methods and settings, without labels; the control comes first"
     )
     sweep.add_argument("config", nargs="+", help="YAML files or shipped names; the first one's control is the control")
     sweep.add_argument("--methods", metavar="M1,M2", help="put these methods in place of each file's own")
@@ -78,7 +94,7 @@ def _add_comparisons(commands: Any) -> None:
     add_overrides(sweep)
 
     pilot = add_command(
-        commands, "pilot", _pilot, "minutes on part of a set: does clustering help, which settings to start from"
+        commands, "pilot", _once(_pilot), "minutes on part of a set: does clustering help, which settings to start from"
     )
     pilot.add_argument("data", help="a folder, an .npz, a list (.txt, .csv), an archive (.zip, .tar) or a film")
     pilot.add_argument("--k", type=int, help="number of clusters, where you know it (else it is looked for)")
@@ -92,7 +108,7 @@ def _add_comparisons(commands: Any) -> None:
 def _add_ingest(commands: Any) -> None:
     """Frames that come back from the line."""
     ingest = add_command(
-        commands, "ingest", _ingest, "gather frames of recordings and stations into one folder to train on"
+        commands, "ingest", _once(_ingest), "gather frames of recordings and stations into one folder to train on"
     )
     ingest.add_argument(
         "sources",

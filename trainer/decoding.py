@@ -201,8 +201,12 @@ def _started(workers: int) -> ThreadPoolExecutor:
         torch.set_num_threads(1)
         started.wait()
 
-    for _ in range(workers):
-        pool.submit(settle)
-    started.wait()
+    try:
+        for _ in range(workers):
+            pool.submit(settle)
+        started.wait()
+    except BaseException:  # Ctrl-C, or the system gives no more threads: those that wait here would never end
+        started.abort()
+        raise
     torch.set_num_threads(own)  # what threads that start later begin with; those of the pool keep their one
     return pool

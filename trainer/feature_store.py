@@ -6,6 +6,7 @@ every label after it without a word, so a pass that is not whole is refused.
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import numpy as np
@@ -25,8 +26,8 @@ class FeatureStore:
         else:
             try:
                 path.parent.mkdir(parents=True, exist_ok=True)
-                # The shape is fixed here: np.memmap grows the file at once, so a full disk speaks now and not in the last epoch.
-                mapped = np.memmap(path, np.float32, "w+", shape=(n, dim))
+                _allocate(path, n * dim * np.dtype(np.float32).itemsize)
+                mapped = np.memmap(path, np.float32, "r+", shape=(n, dim))
             except OSError as error:
                 raise DataError(
                     f"{path} cannot hold {n * dim * 4 / 1e6:.0f} MB of features: {error.strerror or error}"
@@ -65,3 +66,15 @@ class FeatureStore:
                 f"{len(missing)} of {len(self)} samples have no features (the first: {int(missing[0])}); expected one whole pass"
             )
         return self._rows
+
+
+def _allocate(path: Path, size: int) -> None:
+    """A file of so many bytes that has its place on the disk: writing into the map of one that has not ends the process without a word."""
+    with path.open("wb") as file:
+        file.truncate(size)
+        try:
+            if hasattr(os, "posix_fallocate"):
+                os.posix_fallocate(file.fileno(), 0, size)
+        except OSError:
+            path.unlink()
+            raise

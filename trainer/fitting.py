@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import csv
+import hashlib
 import json
 import shutil
 import time
@@ -24,6 +25,7 @@ from trainer.bank.fitting import check_bank, equip
 from trainer.checkpoint import Checkpoints, Position, has_checkpoint, remove_checkpoints, settings_digest
 from trainer.codebook import Embedded, cluster_table, finish, set_calibration
 from trainer.data import Dataset, load_dataset, open_dataset
+from trainer.encoders.weights import with_digests
 from trainer.errors import CollapseError, DataError
 from trainer.frozen_features import frozen_features
 from trainer.golden import choose, save_images
@@ -38,6 +40,7 @@ from trainer.precision import check_precision
 from trainer.progress import Progress, Silent
 from trainer.provenance import Outcome, describe
 from trainer.report import write_report
+from trainer.run_lock import only_one_in
 from trainer.settings import TrainSettings
 from trainer.splits import Split, split_all_train, split_by_group
 from trainer.stage import OptimizerSettings, Stage
@@ -73,12 +76,15 @@ def fit(config: str | Path | TrainSettings, options: FitOptions | None = None) -
         settings = load_settings(TrainSettings, config, "train", Sources(options.overrides, "DKM_TRAIN"))
         name = find(config, "train").stem
     folder = options.out or Path("runs") / name
-    with ranks.joined() as together, _determinism(settings.train.deterministic):
-        if ranks.is_restarted() and together.same((folder / "model.json").exists):
+    with ranks.joined() as together, _determinism(settings.train.deterministic), contextlib.ExitStack() as held:
+        together.same(lambda: held.enter_context(only_one_in(folder)))
+        # Of several machines torchrun counts the restart on that where a process died, perhaps not on the others.
+        is_restarted = any(together.gather(ranks.is_restarted()))
+        if is_restarted and together.same((folder / "model.json").exists):
             return together.same(lambda: load_run(folder))  # a process died after the last file was written
         options = replace(
             options,
-            resume=options.resume or ranks.is_restarted(),
+            resume=options.resume or is_restarted,
             progress=options.progress if together.is_first else Silent(),
         )
         together.check_same("the settings", json.dumps(settings.plain(), sort_keys=True))
@@ -94,7 +100,7 @@ def _fit(settings: TrainSettings, folder: Path, options: FitOptions) -> Run:
     torch.manual_seed(settings.train.seed)
     options.progress.say(f"reading {settings.data.path}")
     dataset, split = _load(settings, options.progress, folder)
-    together.check_same(f"data.path {settings.data.path}", dataset.manifest_sha256)
+    _check_same(settings, dataset, split)
     learner, frozen = _prepare(settings, (dataset, split), device, folder)
     try:
         method, earlier_s = _train(settings, learner, (dataset, split), folder, options)
@@ -117,6 +123,17 @@ def _fit(settings: TrainSettings, folder: Path, options: FitOptions) -> Run:
         _place(settings, folder, options.progress.say).remove()
     options.progress.close()
     return run
+
+
+def _check_same(settings: TrainSettings, dataset: Dataset, split: Split) -> None:
+    """Refuses to train where another machine has other images, labels, groups or pretrained weights."""
+    together, known = ranks.current(), hashlib.sha256(json.dumps(dataset.classes).encode())
+    for column in (dataset.known, dataset.groups, split.train, split.radius, split.calibration):
+        known.update(np.ascontiguousarray(column).tobytes())
+    weights = json.dumps(with_digests(settings.plain()["encoder"]), sort_keys=True)
+    together.check_same(f"data.path {settings.data.path}", dataset.manifest_sha256)
+    together.check_same("what the labels and data.groups say of the images", known.hexdigest())
+    together.check_same("the encoder with its pretrained weights", hashlib.sha256(weights.encode()).hexdigest())
 
 
 def _write(run: Run, method: Method, outcome: Outcome, folder: Path, say: Callable[[str], None]) -> None:
@@ -159,8 +176,7 @@ def _read(settings: TrainSettings, progress: Progress, folder: Path) -> Dataset:
 def _place(settings: TrainSettings, folder: Path, say: Callable[[str], None]) -> StorePlace:
     """Where this machine keeps decoded pixels."""
     together = ranks.current()
-    machine = together.index // together.local_count
-    return StorePlace.of(settings.data, folder, together.local_count, machine, say)
+    return StorePlace.of(settings.data, folder, together.local_count, together.machine, say)
 
 
 def _load(settings: TrainSettings, progress: Progress, folder: Path) -> tuple[Dataset, Split]:
@@ -300,7 +316,8 @@ def _train(
     checkpoint = None
     if options.resume:
         checkpoint = ranks.current().same(lambda: checkpoints.load(digest, dataset.manifest_sha256))
-    shared = SharedAutoencoder(settings, Recipe.of(settings, dataset.manifest_sha256, split), folder)
+    recipe = Recipe.of(settings, dataset.manifest_sha256, split)
+    shared = SharedAutoencoder(settings, recipe, folder, options.progress.say)
     pretraining = shared.stages(learner, may_load=checkpoint is None)
     stages = [*pretraining, centroids, *method.stages()]
     loop = Loop(
@@ -333,7 +350,15 @@ def _train(
 def _device(name: str) -> torch.device:
     if name == "cuda" and not torch.cuda.is_available():
         raise DataError("train.device is cuda, but this PyTorch sees no CUDA device; use auto or cpu")
-    return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
+    if name == "cpu" or not torch.cuda.is_available():
+        return torch.device("cpu")
+    processes, gpus = ranks.current().local_count, torch.cuda.device_count()
+    if processes > gpus:
+        raise DataError(
+            f"torchrun started {processes} processes on this machine, which has {gpus} GPU(s), expected at most one process for each; "
+            f"use --nproc-per-node {gpus}, or train.device: cpu"
+        )
+    return torch.device("cuda")
 
 
 @contextlib.contextmanager

@@ -157,6 +157,7 @@ class Loop:
         # Alone, at once; of several processes one may know a step earlier than another: all leave after the step that told them.
         if self._all_leave if self.ranks.are_many else self.interrupted.is_set():
             self._save(number, stage, step, optimizer)
+            self.ranks.wait()  # where one process ends, torchrun ends the others, also one that still writes
             epoch = step // self._steps(stage) + 1
             raise InterruptedTraining(f"interrupted in stage {stage.name}, epoch {epoch}; {self.checkpoints.outcome}")
 

@@ -13,6 +13,7 @@ import contextvars
 import datetime
 import os
 import pickle
+import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -26,17 +27,18 @@ from trainer.errors import DataError, TrainerError
 T = TypeVar("T")
 # torchrun ends the others when a process dies; what may take hours is the first one's work, while the others wait.
 TIMEOUT = datetime.timedelta(hours=12)
-ASK_AGAIN = datetime.timedelta(seconds=0.1)
+ASK_AGAIN_S = 0.1
 
 
 @dataclass(frozen=True)
 class Ranks:
-    """`index` of `count` processes; `local_index` of those on this machine."""
+    """`index` of `count` processes; `local_index` of `local_count` on this machine, which is number `machine`."""
 
     index: int = 0
     count: int = 1
     local_index: int = 0
     local_count: int = 1
+    machine: int = 0
 
     @property
     def is_first(self) -> bool:
@@ -184,8 +186,8 @@ def joined() -> Iterator[Ranks]:
     if not distributed.is_available():
         raise DataError("this PyTorch was built without torch.distributed; start one process, without torchrun")
     local = int(os.environ.get("LOCAL_RANK", "0"))
-    if torch.cuda.is_available():
-        torch.cuda.set_device(local)
+    if torch.cuda.is_available():  # predict may share a GPU between processes, and fit may be told to leave it alone
+        torch.cuda.set_device(local % torch.cuda.device_count())
     store, index, _ = next(distributed.rendezvous("env://", timeout=TIMEOUT))
     distributed.init_process_group(
         "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo",
@@ -195,7 +197,11 @@ def joined() -> Iterator[Ranks]:
         timeout=TIMEOUT,
     )
     found = Ranks(
-        distributed.get_rank(), distributed.get_world_size(), local, int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        distributed.get_rank(),
+        distributed.get_world_size(),
+        local,
+        int(os.environ.get("LOCAL_WORLD_SIZE", "1")),
+        int(os.environ.get("GROUP_RANK", "0")),
     )
     token = _current.set(found)
     try:
@@ -234,8 +240,7 @@ def _meet(store: distributed.Store, index: int, count: int) -> str:
         for n in range(1, count):
             if store.check([f"asks-{n}"]):
                 store.set(f"answer-{store.get(f'asks-{n}').decode()}", word)
-        with contextlib.suppress(distributed.DistStoreError):
-            store.wait(heard, ASK_AGAIN)
+        time.sleep(ASK_AGAIN_S)  # store.wait says on stderr each time that it has waited in vain
     return word
 
 

@@ -68,8 +68,8 @@ class StoredPixels:
         return out.to(self.device, non_blocking=True)
 
     def split(self, size: int) -> Iterator[Tensor]:
-        """All rows in order, `size` at a time; one piece is held at once."""
-        for first in range(0, len(self), size):
+        """All rows in order, `size` at a time; one piece is held at once. Of no rows one empty piece, as of a tensor."""
+        for first in range(0, max(1, len(self)), size):
             yield self[first : first + size]
 
     def take(self, index: Index) -> StoredPixels:

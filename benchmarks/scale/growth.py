@@ -48,7 +48,7 @@ def pass_s(n: int) -> float:
 
 
 def kmeans_s(n: int) -> float:
-    """Of one run of so many iterations on n points in the plane's stead of an embedding."""
+    """Of one run of so many iterations on n made-up embeddings."""
     z = points(n)
     started_s = time.perf_counter()
     kmeans(z, CLUSTERS, 0, KMeansOptions(n_init=1, max_iterations=ITERATIONS, tol=0.0, init="random"))

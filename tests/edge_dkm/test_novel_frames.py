@@ -321,7 +321,7 @@ with t.ring(Path(sys.argv[1]), max_rows=12) as ring:
 
 def test_killed_at_any_moment_the_folder_is_readable_and_mended_at_the_next_start(tmp_path: Path) -> None:
     rng = random.Random(3)
-    for _ in range(4):
+    for _ in range(2):
         process = subprocess.Popen([sys.executable, "-c", KILLED, str(tmp_path)], cwd=ROOT, stdout=subprocess.PIPE)
         assert process.stdout is not None and process.stdout.readline() == b"ready\n"
         with pytest.raises(subprocess.TimeoutExpired):

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import signal
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from edge_dkm.cli import main
 from edge_dkm.codebook import write_codebook
 from edge_dkm.codebook_record import CodebookRecord
 from edge_dkm.golden import load_golden
@@ -47,9 +48,13 @@ def line(make_line: Make, port: int, folder: Path) -> LineSettings:
 
 def edge_dkm(station: RealStation, *words: str) -> tuple[int, Any, str]:
     """Exit code, what `edge-dkm recentre LINE WORDS --json` prints, and stderr."""
-    command = [sys.executable, "-m", "edge_dkm", "recentre", str(station.line), *words, "--json"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
-    return done.returncode, json.loads(done.stdout) if done.stdout else None, done.stderr
+    out, err = io.StringIO(), io.StringIO()
+    with (
+        contextlib.redirect_stdout(out),
+        contextlib.redirect_stderr(err),
+    ):  # a process of its own is a second of imports
+        code = main(["recentre", str(station.line), *words, "--json"])
+    return code, json.loads(out.getvalue()) if out.getvalue() else None, err.getvalue()
 
 
 def kept(settings: LineSettings) -> int:

@@ -12,6 +12,8 @@ from typing import Any
 from tests.trainer.test_fitting import dec, tensors
 from trainer import FitOptions, fit
 from trainer.checkpoint import FOLDER
+from trainer.errors import DataError
+from trainer.feature_store import FeatureStore
 from trainer.loop import InterruptedTraining
 from trainer.progress import Silent
 
@@ -53,7 +55,17 @@ def fill(path: Path) -> None:
                 continue
 
 
+def refused(path: Path) -> str:
+    """What is said of features that have no room there; nothing where they seem to have it."""
+    try:
+        FeatureStore(10_000, 1000, path)
+    except DataError as error:
+        return str(error)
+    return ""
+
+
 def run(disk: Path, images: Path) -> dict[str, Any]:
+    features = refused(disk / "features.f32")
     first = dec(images)
     settings = first.model_copy(update={"method": first.method.model_copy(update={"epochs": 6})})
     whole = fit(settings, FitOptions(out=disk / "whole"))
@@ -71,6 +83,7 @@ def run(disk: Path, images: Path) -> dict[str, Any]:
         "said": filler.said,
         "halves": filler.halves + stopper.halves,
         "stopped": stopped,
+        "features": features,
         "equal": [end == ends[0] for end in ends],
     }
 

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import io
 import os
+import struct
 import tarfile
 import zipfile
 from pathlib import Path
@@ -107,6 +108,34 @@ def test_a_name_that_comes_twice_is_the_last_one(folder: Path) -> None:
     found = load(path)
     assert torch.equal(found.pixels[1], load(folder).pixels[1])
     assert [skipped.name for skipped in found.skipped] == ["good/link.png"]  # of no bytes
+
+
+def test_links_in_a_tar_are_the_images_that_they_lead_to(folder: Path) -> None:
+    (folder / "sorted").mkdir()
+    (folder / "sorted" / "hard.png").hardlink_to(folder / "good" / "a.png")  # as predict --sort-into makes them
+    (folder / "sorted" / "soft.png").symlink_to("../dent/c.png")
+    unpacked, packed = load(folder), load(tarred(folder))
+    assert packed.names == unpacked.names and {"sorted/hard.png", "sorted/soft.png"} <= set(packed.names)
+    assert packed.manifest_sha256 == unpacked.manifest_sha256
+    (folder / "sorted" / "soft.png").unlink()
+    (folder / "sorted" / "soft.png").symlink_to(folder.parent / "elsewhere.png")
+    assert "sorted/soft.png" not in load(tarred(folder)).names
+
+
+def test_a_size_that_no_file_has_is_refused(folder: Path) -> None:
+    path = folder.parent / "set.zip"
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.write(folder / "top.png", "./top.png")
+    assert load(path).names == ["top.png"]
+    data = path.read_bytes()
+    entry, end = data.rindex(b"PK\x01\x02"), data.rindex(b"PK\x05\x06")
+    record, tail = bytearray(data[entry:end]), bytearray(data[end:])
+    extra = struct.pack("<HHQ", 1, 8, 2**64 - 1)  # zip64: the unpacked size
+    record[24:28], record[30:32] = b"\xff" * 4, struct.pack("<H", len(extra))
+    tail[12:16] = struct.pack("<I", len(record) + len(extra))
+    path.write_bytes(data[:entry] + record + extra + tail)
+    with pytest.raises(DataError, match="no readable zip archive"):
+        load(path)
 
 
 def test_an_archive_that_was_cut_or_is_none_is_refused(folder: Path) -> None:

@@ -61,5 +61,20 @@ def test_training_batches_are_changed_and_full_passes_are_not() -> None:
     learner = blob_learner(augment=AugmentSettings(shift=0.2))
     index = torch.arange(10)
     plain = blob_learner()
-    assert not torch.allclose(learner.batch(index), plain.batch(index))
+    assert not torch.allclose(learner.batch(learner.share(index)), plain.batch(plain.share(index)))
     assert torch.equal(learner.all_latents(), plain.all_latents())
+
+
+@pytest.mark.parametrize("settings", [AugmentSettings(shift=0.1), AugmentSettings(contrast=0.1, noise=0.1)])
+def test_a_share_of_a_batch_may_hold_no_image(settings: AugmentSettings) -> None:
+    nobody = torch.zeros(0, dtype=torch.int64)
+    assert augment(torch.zeros(0, 1, 9, 9), settings, nobody, 4).shape == (0, 1, 9, 9)
+
+
+def test_noise_does_not_depend_on_how_the_images_lie_in_memory() -> None:
+    x = torch.rand(6, 3, 5, 5)
+    found = []
+    for laid in (x, x.contiguous(memory_format=torch.channels_last)):
+        torch.manual_seed(0)
+        found.append(augment(laid, AugmentSettings(noise=0.1)))
+    assert torch.equal(found[0], found[1]) and not torch.equal(found[0], x)

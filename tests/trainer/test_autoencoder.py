@@ -12,6 +12,7 @@ from safetensors.numpy import load_file
 
 from configs import ConfigError, load_text
 from tests.trainer.learning import write_blobs
+from tests.trainer.test_checkpoint import Listening
 from trainer import FitOptions, Run, fit
 from trainer.autoencoder import NAME
 from trainer.errors import ArtifactError, DataError
@@ -139,3 +140,12 @@ def test_the_yaml_key_is_from_and_makes_no_sense_without_pretraining(blobs: Path
         load_text(TrainSettings, text.replace("{epochs: 3}", "{kind: none, from: runs/a}"), "a.yaml")
     with pytest.raises(ConfigError, match="did you mean 'from'"):
         load_text(TrainSettings, text.replace("{epochs: 3}", "{epochs: 3, fro: runs/a}"), "a.yaml")
+
+
+def test_an_autoencoder_that_cannot_be_written_does_not_cost_the_run(blobs: Path, tmp_path: Path) -> None:
+    (tmp_path / "cache").touch()  # a file, where a folder is needed
+    progress = Listening()
+    options = FitOptions(out=tmp_path / "run", progress=progress)
+    run = fit(settings(blobs, pretrain={"cache": str(tmp_path / "cache")}), options)
+    assert run.path == tmp_path / "run" and (tmp_path / "run" / NAME).is_file()
+    assert [line for line in progress.said if "cannot be written" in line and str(tmp_path / "cache") in line]

@@ -168,6 +168,19 @@ def test_where_three_files_do_not_fit_one_is_kept_and_where_two_do_not_none_is_e
     assert "nothing could be saved" in none.outcome and "starts from the beginning" in none.outcome
 
 
+def test_the_one_before_a_damaged_one_stays_until_a_new_one_is_whole(tmp_path: Path) -> None:
+    saved(tmp_path, [1, 2])
+    truncate(tmp_path / FOLDER / NAME)
+    room_for_one = 2.9 * sum(value.nbytes for value in some(0).values()) / 1e6  # MB
+    said: list[str] = []
+    checkpoints = Checkpoints(tmp_path, 0, room_for_one, said.append)
+    checkpoints.load("c" * 64, "m" * 64)
+    with files_of_at_most(100):
+        assert not checkpoints.save(replace(PLACE, step=5), some(5))
+    found = Checkpoints(tmp_path, 0, 100, print).load("c" * 64, "m" * 64)
+    assert found is not None and found.position.step == 0
+
+
 def test_a_state_that_grows_over_the_limit_leaves_the_last_one_that_fitted(tmp_path: Path) -> None:
     said: list[str] = []
     checkpoints = saved(tmp_path, [1], 0.07, said.append)
@@ -231,6 +244,7 @@ def test_a_disk_that_is_full_for_a_while_costs_checkpoints_and_nothing_else(imag
     )
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout.splitlines()[-1])
+    assert "features.f32 cannot hold 40 MB of features: No space left on device" in found["features"]
     assert found["equal"] == [True, True, True] and found["halves"] == []
     about = [line for line in found["said"] if "checkpoint" in line]
     assert len(about) == 2, found["said"]
@@ -243,6 +257,7 @@ def test_a_disk_that_is_full_for_a_while_costs_checkpoints_and_nothing_else(imag
 
 @contextmanager
 def files_of_at_most(size: int) -> Iterator[None]:
+    """What a quota looks like: the disk has room, and a write fails."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
     try:

@@ -76,6 +76,15 @@ def test_each_mistake_is_one_line_and_its_exit_code(
     assert len(lines) == 1 and text in lines[0] and "Traceback" not in error
 
 
+@pytest.mark.parametrize("arguments", [["sweep", "demo"], ["report", "run"], ["scan", "images"]])
+def test_torchrun_is_for_the_commands_that_spread(
+    arguments: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert main(arguments) == 2
+    assert f"start {arguments[0]} once, as dkm-train {arguments[0]}" in capsys.readouterr().err
+
+
 def test_export_refuses_what_is_no_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert export_main([str(tmp_path), "-o", str(tmp_path / "a.onnx"), "--int8"]) == 3
     assert export_main([str(tmp_path / "nope"), "-o", str(tmp_path / "a.onnx")]) == 3

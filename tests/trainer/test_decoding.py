@@ -1,7 +1,9 @@
 from __future__ import annotations
 
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import cv2
 import numpy as np
@@ -9,6 +11,7 @@ import pytest
 import torch
 
 from tests.images import draw, write_png
+from tests.waiting import wait_until
 from trainer.data import load_dataset
 from trainer.decoding import batches_of, decoded_images, in_order, workers_of
 from trainer.errors import DataError
@@ -155,3 +158,18 @@ def test_digests_of_files_are_those_that_reading_gives(tmp_path: Path) -> None:
     (tmp_path / "01.png").unlink()
     assert images.items[1].digest() is None
     assert Item("a", None, "a", lambda: (np.zeros((2, 2, 1), np.uint8), "ab")).digest() == "ab"
+
+
+def test_threads_that_cannot_all_start_do_not_wait_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
+    submit, asked = ThreadPoolExecutor.submit, []
+
+    def second_fails(self: ThreadPoolExecutor, work: Any, *arguments: Any) -> Any:
+        asked.append(work)
+        if len(asked) == 2:
+            raise RuntimeError("can't start new thread")
+        return submit(self, work, *arguments)
+
+    monkeypatch.setattr(ThreadPoolExecutor, "submit", second_fails)
+    with pytest.raises(RuntimeError, match="new thread"):
+        list(in_order(list, range(6), workers=2, chunk=1))
+    wait_until(lambda: not decoders(), 10)

@@ -64,7 +64,7 @@ def test_memory_is_one_copy_of_the_points_and_a_few_values_for_each(monkeypatch:
     for name, value in SMALL_CHUNKS.items():
         monkeypatch.setattr(module, name, value)
     monkeypatch.setattr(engines, "SQUARE_ROWS", 1 << 10)
-    dim, few, many = 128, 50_000, 150_000
+    dim, few, many = 128, 15_000, 45_000
     z = points(many, dim, 2)
     small, large = peak_bytes(z[:few]), peak_bytes(z)
     per_point = (large - small) / (many - few)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -15,11 +16,12 @@ from configs import load_text
 from tests.ranks import run_on_ranks
 from tests.trainer.learning import write_blobs
 from tests.trainer.shapes import write_shapes
+from tests.trainer.test_fitting import StopAfter
 from trainer import FitOptions, fit, ranks
 from trainer.augment import AugmentSettings, augment
 from trainer.encoders.batch_norm import BatchNorm2d
 from trainer.errors import DataError
-from trainer.loop import Loop
+from trainer.loop import InterruptedTraining, Loop
 from trainer.methods import METHODS
 from trainer.settings import TrainSettings
 
@@ -144,27 +146,56 @@ def test_what_one_process_sees_differently_is_refused(shapes: Path, cache: Path,
     other = settings_of("ae_kmeans", write_shapes(tmp_path / "other.npz", per_kind=41, seed=1), cache)
     for text in run_on_ranks(2, refusal_of_each, [settings, other], tmp_path / "run"):
         assert re.match("the settings differs between processes: rank 0 has .*, rank 1 has", text)
-    for text in run_on_ranks(2, refusal_of_other_bytes, settings, tmp_path / "other.npz", tmp_path / "run2"):
-        assert re.match("data.path .* differs between processes: rank 0 has [0-9a-f]+, rank 1 has", text)
+    differs = "differs between processes: rank 0 has [0-9a-f]+, rank 1 has"
+    changes: dict[str, object] = {"path": str(tmp_path / "other.npz")}
+    for text in run_on_ranks(2, refusal_of_another_machine, settings, changes, tmp_path / "run2"):
+        assert re.match(f"data.path .* {differs}", text)
+    (tmp_path / "groups.csv").write_text("file,group\n" + "".join(f"shapes.npz[{n}],{n // 2}\n" for n in range(123)))
+    changes = {"groups": str(tmp_path / "groups.csv")}
+    for text in run_on_ranks(2, refusal_of_another_machine, settings, changes, tmp_path / "run3"):
+        assert re.match(f"what the labels and data.groups say of the images {differs}", text)
 
 
 def refusal_of_each(settings: list[TrainSettings], out: Path) -> str:
     return refusal_of(settings[ranks.current().index], out)
 
 
-def refusal_of_other_bytes(settings: TrainSettings, other: Path, out: Path) -> str:
-    """As on a machine whose file of the same name holds something else."""
+def refusal_of_another_machine(settings: TrainSettings, changes: dict[str, object], out: Path) -> str:
+    """As on a machine whose files of the same names hold something else."""
     from trainer import fitting
 
     opened, together = fitting.open_images, ranks.current()
-    machines = ranks._current.set(replace(together, local_index=0, local_count=1))
+    machines = ranks._current.set(replace(together, local_index=0, local_count=1, machine=together.index))
     if together.index == 1:
-        fitting.open_images = lambda data: opened(data.model_copy(update={"path": str(other)}))
+        fitting.open_images = lambda data: opened(data.model_copy(update=changes))
     try:
         return refusal_of(settings, out)
     finally:
         fitting.open_images = opened
         ranks._current.reset(machines)
+
+
+def test_a_run_goes_on_with_more_processes_though_one_machine_alone_counts_the_restart(
+    shapes: Path, cache: Path, tmp_path: Path
+) -> None:
+    method = "{name: dec, n_clusters: 3, epochs: 2, tol: 0, refresh_steps: 2}"
+    settings = settings_of("dec", shapes, cache, method=method)
+    whole = learned(settings, tmp_path / "whole")
+    with pytest.raises(InterruptedTraining):
+        fit(settings, FitOptions(out=tmp_path / "cut", progress=StopAfter("dec", 0)))
+    first, second = run_on_ranks(2, learned_after_a_restart, settings, tmp_path / "cut")
+    for key in whole:
+        assert np.array_equal(first[key], second[key]), key
+        assert np.allclose(whole[key], first[key], rtol=1e-3, atol=1e-4), key
+
+
+def learned_after_a_restart(settings: TrainSettings, out: Path) -> dict[str, np.ndarray]:
+    if ranks.current().index == 1:
+        os.environ["TORCHELASTIC_RESTART_COUNT"] = "1"
+    try:
+        return learned(settings, out)
+    finally:
+        os.environ.pop("TORCHELASTIC_RESTART_COUNT", None)
 
 
 def test_an_error_of_the_first_process_is_everybody_s(shapes: Path, cache: Path, tmp_path: Path) -> None:

@@ -1,12 +1,9 @@
 from __future__ import annotations
 
-import contextlib
 import gc
 import os
 import pickle
-import resource
 import warnings
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +14,7 @@ import torch
 from configs import load_text
 from tests.conftest import TINY, with_bank
 from tests.images import draw, write_folder, write_png
+from tests.trainer.test_checkpoint import files_of_at_most
 from trainer import FitOptions, fit
 from trainer.artifact import Run
 from trainer.checkpoint import settings_digest
@@ -62,6 +60,7 @@ def test_views_of_views_and_pieces_read_the_same_rows(tmp_path: Path) -> None:
     assert isinstance(view, StoredPixels) and view.shape == (2, 1, 2, 1)
     assert view[:].flatten().tolist() == [4, 5, 0, 1]
     assert [part.flatten().tolist() for part in five(tmp_path).split(2)] == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9]]
+    assert [part.shape for part in five(tmp_path).take(slice(0, 0)).split(2)] == [(0, 1, 2, 1)]  # as a tensor
     view.prefetch(torch.tensor([1]))
     assert view.to("cpu")[torch.tensor([-1])].flatten().tolist() == [0, 1]
 
@@ -119,25 +118,14 @@ def test_a_disk_without_room_is_refused_before_anything_is_written(tmp_path: Pat
         PixelWriter(tmp_path / "file" / "a.raw", (1, 1, 1), torch.uint8, 1)
 
 
-@contextlib.contextmanager
-def largest_file(size: int) -> Iterator[None]:
-    """What a quota looks like: the disk has room, and a write fails."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
-
-
 def test_a_disk_that_fills_in_the_middle_says_so_and_leaves_nothing(image_folder: Path, tmp_path: Path) -> None:
     large = PreprocessSettings(height_px=100, width_px=100)
     size = 60 * 100 * 100 * 3
-    with largest_file(size - 1), pytest.raises(DataError) as error:
+    with files_of_at_most(size - 1), pytest.raises(DataError) as error:
         read(image_folder, StorePlace(tmp_path), memory="disk", preprocess=large)
     assert f"{tmp_path}/pixels-3.raw cannot take 0.0018 GB of decoded pixels: File too large after" in str(error.value)
     assert not list(tmp_path.iterdir())
-    with largest_file(size):  # the control
+    with files_of_at_most(size):  # the control
         read(image_folder, StorePlace(tmp_path), memory="disk", preprocess=large)
     assert (tmp_path / "pixels-3.raw").stat().st_size == size
 

@@ -87,7 +87,8 @@ def test_a_killed_process_costs_the_steps_since_the_last_checkpoint_and_nothing_
     assert launcher.returncode == 0, said
     assert "resuming stage dec" in said
     again = started("fit", config, "--out", by_hand, "--resume")
-    assert again.wait(200) == 0, again.stderr
+    _, said = again.communicate(timeout=200)
+    assert again.returncode == 0, said
     ours, theirs = tensors(run), tensors(by_hand)
     assert all(np.array_equal(ours[name], theirs[name]) for name in ours)
 

@@ -14,6 +14,7 @@ What ships: the mean of the well placed samples of each community of the last fe
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from typing import Annotated, ClassVar, Literal
 
 import torch
@@ -192,16 +193,18 @@ class LCC(StagedMethod):
 
     def _communities(self, rows: Tensor, epoch: int) -> Tuned:
         options = self.settings
-        edges = neighbour_edges(neighbours_within(rows, options.neighbours).ids)
+        # On a CPU, where they are looked for, and so that another process's answer is not on that one's GPU.
+        edges = neighbour_edges(neighbours_within(rows, options.neighbours).ids).cpu()
         resolution = 1.0 if options.resolution == "auto" else options.resolution
         how = CommunityOptions(options.communities, resolution, self.learner.seed + epoch)
 
         def found() -> Tuned:
             if options.resolution == "auto":
-                return tune_resolution(edges, self.y, how, vote=self._vote())
+                return tune_resolution(edges, self.y.cpu(), how, vote=self._vote())
             return Tuned(find_communities(edges, len(self.y), how), how.resolution, True, ())
 
-        return ranks.current().same(found)  # of several processes, the first one looks for them
+        tuned = ranks.current().same(found)  # of several processes, the first one looks for them
+        return replace(tuned, communities=tuned.communities.to(self.learner.device))
 
     def _vote(self) -> OwnershipOptions:
         return OwnershipOptions(self.settings.vote, self.settings.min_correct)
