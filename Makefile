@@ -16,7 +16,7 @@ $(READY): pyproject.toml constraints.txt scripts/setup
 test: $(READY)          ## default tests: under five minutes on two cores, no GPU, no network
 	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(PYTHON) -m pytest -n 3 --dist worksteal --hypothesis-profile=ci
 
-slow: $(READY)          ## tests on the real image sets of ../shared/data, where they are there
+slow: $(READY)          ## tests of several processes, and on the real image sets of ../shared/data, where they are there
 	$(PYTHON) -m pytest -m slow --timeout 3600
 
 fuzz: $(READY)          ## the tests that invent their input, each time with new ones

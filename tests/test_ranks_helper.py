@@ -25,6 +25,7 @@ def die() -> None:
         os._exit(9)
 
 
+@pytest.mark.slow  # starts processes
 def test_functions_run_on_real_ranks_which_stay_until_one_fails() -> None:
     first, again = run_on_ranks(2, who, 1), run_on_ranks(2, who, 1)
     assert [row[:3] for row in first] == [(0, 2, 3.0), (1, 2, 3.0)] and first == again
@@ -33,6 +34,7 @@ def test_functions_run_on_real_ranks_which_stay_until_one_fails() -> None:
     assert {row[3] for row in run_on_ranks(2, who, 1)}.isdisjoint(row[3] for row in first)
 
 
+@pytest.mark.slow  # starts processes
 def test_a_rank_that_ends_is_an_error() -> None:
     with pytest.raises(ChildProcessError, match="rank 1 ended, 9"):
         run_on_ranks(2, die)

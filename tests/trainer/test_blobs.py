@@ -59,6 +59,7 @@ def test_no_method_falls_behind_the_control_or_loses_a_cluster(folder: Path, con
     assert sum(run.metrics["acc"] for run in runs) / 5 >= sum(control) / 5 - 0.01
 
 
+@pytest.mark.slow
 def test_annealing_from_scratch_finds_nearly_all_and_loses_no_cluster(folder: Path) -> None:
     method = "{name: dkm, n_clusters: 5, alpha: annealed, init: uniform, epochs_per_alpha: 1, optimizer: {kind: adam, lr: 0.003}}"
     runs = [fitted(folder, method, seed) for seed in SEEDS]

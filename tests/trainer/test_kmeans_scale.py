@@ -137,6 +137,7 @@ def shared(n: int, k: int, options: KMeansOptions, far: bool = False) -> tuple[K
         module.build_assign, module.SHARED_FROM = build, 10**8
 
 
+@pytest.mark.slow  # starts processes
 @pytest.mark.parametrize("engine", ["torch", "faiss"])
 @pytest.mark.parametrize("n", [3001, 5])
 def test_two_processes_share_the_points_and_find_what_one_finds(n: int, engine: Engine) -> None:
@@ -149,6 +150,7 @@ def test_two_processes_share_the_points_and_find_what_one_finds(n: int, engine: 
     assert first.inertia == pytest.approx(one.inertia, rel=1e-6) and first.iterations == one.iterations
 
 
+@pytest.mark.slow  # starts processes
 @pytest.mark.parametrize("options", [KMeansOptions(), KMeansOptions(spherical=True), KMeansOptions(max_iterations=1)])
 def test_centroids_without_members_and_unit_lengths_are_shared_alike(options: KMeansOptions) -> None:
     z = points(2000, 16, 12)
@@ -162,6 +164,7 @@ def small(n: int) -> tuple[KMeansResult, KMeansResult]:
     return kmeans(z, 4, 0), mini_batch_kmeans(z, 4, 0, MiniBatchOptions(batch_size=16))
 
 
+@pytest.mark.slow  # starts processes
 def test_few_points_and_mini_batches_are_the_first_ones_work_and_exactly_its_result() -> None:
     expected = small(30)
     for found in run_on_ranks(2, small, 30):
@@ -176,6 +179,7 @@ def too_few() -> str:
     return ""
 
 
+@pytest.mark.slow  # starts processes
 def test_what_is_wrong_with_the_points_is_every_processs_error() -> None:
     assert all("have only 1 different embeddings" in text for text in run_on_ranks(2, too_few))
 

@@ -126,6 +126,7 @@ def fail_together() -> tuple[list[int], str]:
     return loss.seen, ""
 
 
+@pytest.mark.slow  # starts processes
 def test_one_of_several_processes_does_not_try_for_it_would_wait_for_the_others() -> None:
     for seen, text in run_on_ranks(2, fail_together):
         assert seen == [64] and "a batch of 32 would fit" in text
