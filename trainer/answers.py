@@ -13,9 +13,8 @@ from numpy.typing import NDArray
 
 from trainer import ranks
 from trainer.artifact import Run
-from trainer.data import Dataset, load_dataset
+from trainer.data import Dataset, load_dataset, nothing_readable
 from trainer.decoding import Reader, batches_of, workers_of
-from trainer.errors import DataError
 from trainer.images import DataSettings, ImageSet, open_images
 
 PIECE = 1024  # images whose pixels are held at once
@@ -35,16 +34,12 @@ class Answers:
     scores: NDArray[np.float32]
     skipped: int
 
-    @property
-    def classes(self) -> list[str]:
-        """The class folders, sorted."""
-        return sorted({label for label in self.labels if label is not None})
-
 
 def read_like(run: Run, path: str, progress: Reader = iter) -> Dataset:
     """A set of images, brought to this run's input, as a whole."""
     source = _source(run, path)
-    return _read(run, open_images(source), source, progress)
+    size = {"height_px": run.model.preprocess.height_px, "width_px": run.model.preprocess.width_px}
+    return load_dataset(open_images(source), source, run.settings.preprocess.model_copy(update=size), progress)[0]
 
 
 def answers(run: Run, path: str, progress: Reader = iter) -> Answers:
@@ -53,16 +48,15 @@ def answers(run: Run, path: str, progress: Reader = iter) -> Answers:
     Raises:
         DataError: none of them can be read.
     """
-    source, together = _source(run, path), ranks.current()
-    images = open_images(source)
+    images, together = open_images(_source(run, path)), ranks.current()
     own = range(together.index, len(images.items), together.count)
-    workers = source.workers or max(1, workers_of(images, None) // together.local_count)
+    workers = max(1, workers_of(images, None) // together.local_count)
     with ranks.alone():
         pieces = list(_pieces(run, replace(images, items=[images.items[n] for n in own]), workers, progress))
     found = together.gather((list(own), pieces))
     order = np.array([own[n] for own, pieces in found for piece in pieces for n in piece.places], np.int64)
     if not len(order):
-        raise DataError(f"none of the {len(images.items)} images of {path} can be read; `dkm-train scan` says why")
+        raise nothing_readable(images)
     place = np.argsort(order)
     every = [piece for _, pieces in found for piece in pieces]
     names = [name for piece in every for name in piece.names]
@@ -102,8 +96,3 @@ def _source(run: Run, path: str) -> DataSettings:
         "workers": None, "memory": "auto", "scratch": None,
     }  # fmt: skip
     return run.settings.data.model_copy(update=changes)
-
-
-def _read(run: Run, images: ImageSet, source: DataSettings, progress: Reader) -> Dataset:
-    size = {"height_px": run.model.preprocess.height_px, "width_px": run.model.preprocess.width_px}
-    return load_dataset(images, source, run.settings.preprocess.model_copy(update=size), progress)[0]

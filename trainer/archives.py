@@ -6,7 +6,6 @@ APPNOTE 6.3 (local header, section 4.3.7; methods 0 stored and 8 deflated), POSI
 
 from __future__ import annotations
 
-import os
 import posixpath
 import struct
 import tarfile
@@ -18,6 +17,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from trainer.byte_file import ByteFile
 from trainer.errors import DataError
 from trainer.items import BadImageError, Encoded
 
@@ -26,42 +26,6 @@ COMPRESSED_TARS = (".tgz", ".tar.gz", ".tbz2", ".tar.bz2", ".txz", ".tar.xz", ".
 MAX_IMAGE_BYTES = 1 << 29  # of one unpacked image file: a few bytes can claim to be any number of them
 LOCAL_HEADER, LOCAL_SIGNATURE = struct.Struct("<4s22xHH"), b"PK\x03\x04"
 IS_ENCRYPTED = 1
-
-
-class ByteFile:
-    """A file that is read at offsets by any number of threads; each process opens it for itself."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self._file: tuple[int, int] | None = None  # the process and its descriptor
-
-    def read(self, offset: int, size: int) -> bytes:
-        """Exactly `size` bytes.
-
-        Raises:
-            BadImageError: they cannot be read, or the file ends before.
-        """
-        parts: list[bytes] = []
-        try:
-            if self._file is None or self._file[0] != os.getpid():
-                self._file = (os.getpid(), os.open(self.path, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0)))
-            while size > 0:
-                part = os.pread(self._file[1], min(size, 1 << 30), offset)
-                if not part:
-                    raise BadImageError(f"lies beyond the end of {self.path.name}, which has been cut short")
-                parts.append(part)
-                offset, size = offset + len(part), size - len(part)
-        except OSError as error:
-            raise BadImageError(f"cannot be read from {self.path.name}: {error.strerror or error}") from None
-        return parts[0] if len(parts) == 1 else b"".join(parts)
-
-    def __getstate__(self) -> dict[str, object]:
-        return {**self.__dict__, "_file": None}
-
-    def __del__(self) -> None:
-        file = self.__dict__.get("_file")
-        if file is not None and file[0] == os.getpid():
-            os.close(file[1])
 
 
 @dataclass(frozen=True)

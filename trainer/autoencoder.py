@@ -86,8 +86,7 @@ class SharedAutoencoder:
             shutil.copyfile(source, self.own)  # with the header of the run that learned it
 
         def load() -> None:
-            ranks.current().same(take)
-            learner.spread()
+            ranks.current().same(take)  # the loop spreads what the first process has loaded
 
         return [replace(stage, epochs=0, begin=load if n == 0 else stage.begin) for n, stage in enumerate(stages)]
 

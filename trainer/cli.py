@@ -13,6 +13,9 @@ from typing import Any
 from configs.command import INTERRUPTED, Handler, Parser, add_command, add_overrides, guarded, show
 
 PLANNED = ("label", "init")
+PLACES = (
+    "a folder, an .npz, a list (.txt, .csv), an archive (.zip, .tar) or a film"  # as trainer/images.py, which is heavy
+)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -32,7 +35,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     add_command(commands, "methods", _methods, "list the clustering methods")
 
     scan = add_command(commands, "scan", _once(_scan), "look over a set of images: what is there, what cannot be used")
-    scan.add_argument("data", help="a folder, an .npz, a list (.txt, .csv), an archive (.zip, .tar) or a film")
+    scan.add_argument("data", help=PLACES)
 
     evaluate = add_command(commands, "evaluate", _evaluate, "score a run on images with class folders")
     _add_run_and_data(evaluate)
@@ -96,7 +99,7 @@ def _add_comparisons(commands: Any) -> None:
     pilot = add_command(
         commands, "pilot", _once(_pilot), "minutes on part of a set: does clustering help, which settings to start from"
     )
-    pilot.add_argument("data", help="a folder, an .npz, a list (.txt, .csv), an archive (.zip, .tar) or a film")
+    pilot.add_argument("data", help=PLACES)
     pilot.add_argument("--k", type=int, help="number of clusters, where you know it (else it is looked for)")
     pilot.add_argument(
         "--weights", type=Path, help="SqueezeNet 1.0 weights (.safetensors); far better than learning from scratch"
@@ -146,7 +149,7 @@ def _count(text: str) -> int:
 
 def _add_run_and_data(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run", type=Path, help="a run folder")
-    parser.add_argument("data", help="a folder, an .npz, a list (.txt, .csv), an archive (.zip, .tar) or a film")
+    parser.add_argument("data", help=PLACES)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
 
 

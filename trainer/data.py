@@ -161,7 +161,7 @@ def nothing_readable(images: ImageSet) -> DataError:
 def _assemble(images: ImageSet, settings: DataSettings, reading: Reading, pixels: Pixels) -> Dataset:
     usable = reading.usable()
     items = images.items if len(usable) == len(images.items) else [images.items[n] for n in usable.tolist()]
-    known, classes, good = truth_of(items, settings.good)
+    known, classes, good = truth_of([item.label for item in items], settings.good)
     common = reading.common_size
     return Dataset(
         pixels=pixels,
@@ -177,13 +177,13 @@ def _assemble(images: ImageSet, settings: DataSettings, reading: Reading, pixels
     )
 
 
-def truth_of(items: Sequence[Item], good: str) -> tuple[NDArray[np.int64], list[str], NDArray[np.bool_]]:
-    """What the class folders say: `known`, `classes` and `good` of a Dataset."""
-    classes = sorted({item.label for item in items if item.label is not None})
+def truth_of(labels: Sequence[str | None], good: str) -> tuple[NDArray[np.int64], list[str], NDArray[np.bool_]]:
+    """What the class folders of N images say: `known`, `classes` and `good` of a Dataset."""
+    classes = sorted({label for label in labels if label is not None})
     index: dict[str | None, int] = {name: n for n, name in enumerate(classes)}
-    known = np.fromiter((index.get(item.label, -1) for item in items), np.int64, len(items))
+    known = np.fromiter((index.get(label, -1) for label in labels), np.int64, len(labels))
     if not has_known_good(classes, good):
-        return known, classes, np.ones(len(items), np.bool_)
+        return known, classes, np.ones(len(labels), np.bool_)
     # The last entry is what -1 finds: an image in no class folder is not known to be good.
     return known, classes, np.array([*(_is_good(name, good) for name in classes), False])[known]
 

@@ -9,13 +9,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from sklearn.metrics import roc_auc_score
 
 from trainer import metric
 from trainer.answers import Reader, answers
 from trainer.artifact import Run
-from trainer.data import has_known_good
+from trainer.data import truth_of
 from trainer.errors import DataError
 
 NOVEL_FOLDER = "novel"
@@ -91,16 +90,13 @@ def predict(run: Run, path: str, progress: Reader = iter) -> list[Prediction]:
 def evaluate(run: Run, path: str, progress: Reader = iter) -> Evaluation:
     """Scores the run on the set at `path`, whose class folders are the truth."""
     found = answers(run, path, progress)
-    novel, classes = found.scores > 1.0, found.classes
-    flagged = {"": (int(novel.sum()), len(novel))}
-    if None in found.labels:
-        return Evaluation(len(novel), found.skipped, None, flagged, None)
-    labels = np.array([classes.index(label) for label in found.labels if label is not None])
-    if classes:
-        flagged = {name: (int(novel[labels == n].sum()), int((labels == n).sum())) for n, name in enumerate(classes)}
+    labels, classes, good = truth_of(found.labels, run.settings.data.good)
+    novel = found.scores > 1.0
+    if (labels < 0).any():
+        return Evaluation(len(novel), found.skipped, None, {"": (int(novel.sum()), len(novel))}, None)
+    flagged = {name: (int(novel[labels == n].sum()), int((labels == n).sum())) for n, name in enumerate(classes)}
     if len(classes) < 2:
         return Evaluation(len(novel), found.skipped, None, flagged, None)
-    good = np.array([has_known_good([name], run.settings.data.good) for name in classes])[labels]
     auroc = float(roc_auc_score(~good, found.scores)) if good.any() and not good.all() else None
     return Evaluation(len(novel), found.skipped, metric.score_labels(labels, found.ids), flagged, auroc)
 

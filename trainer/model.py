@@ -115,13 +115,11 @@ class ClusterModel(nn.Module):
 
     def over_ranks(self, pixels: Pixels, batch: int, rows: Callable[[Tensor], list[Tensor]]) -> list[Tensor]:
         """What `rows` gives for batches of pixels (N, ...), in eval mode, joined; each process sees its part of them."""
-        together, device = ranks.current(), self.centroids.device
-        part = together.part(len(pixels))
-        positions = torch.arange(part.start, part.stop, device=device)
-        own = select(pixels, positions.cpu()) if together.are_many else pixels
+        together, n = ranks.current(), len(pixels)
         with evaluating(self):
-            found = [rows(some.to(device)) for some in own.split(batch)]
-        return [together.assemble(torch.cat(column), positions, len(pixels)) for column in zip(*found, strict=True)]
+            own = select(pixels, together.part(n)).split(batch)
+            found = [rows(some.to(self.centroids.device)) for some in own]
+        return [together.join(torch.cat(column), n) for column in zip(*found, strict=True)]
 
     @torch.no_grad()
     def novelty_map(self, pixels: Tensor) -> Tensor:

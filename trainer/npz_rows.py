@@ -12,7 +12,8 @@ import numpy as np
 from numpy.lib import format as npy
 from numpy.typing import NDArray
 
-from trainer.archives import ByteFile, zip_data_offset
+from trainer.archives import zip_data_offset
+from trainer.byte_file import ByteFile
 from trainer.items import BadImageError, Image
 
 

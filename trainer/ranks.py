@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import contextvars
 import datetime
+import io
 import os
 import pickle
 import time
@@ -58,6 +59,11 @@ class Ranks:
         """This process's share of n rows that all have, as one piece."""
         return slice(n * self.index // self.count, n * (self.index + 1) // self.count)
 
+    def join(self, rows: Tensor, n: int) -> Tensor:
+        """(n, ...) on every process, from the rows of each one's `part(n)`."""
+        part = self.part(n)
+        return self.assemble(rows, torch.arange(part.start, part.stop, device=rows.device), n)
+
     def assemble(self, rows: Tensor, positions: Tensor, n: int) -> Tensor:
         """(n, ...) on every process, from rows (b, ...) at `positions` (b,) of each; gradients go back to the rows' own process.
 
@@ -100,30 +106,32 @@ class Ranks:
                 distributed.broadcast(tensor, 0)
 
     def same(self, make: Callable[[], T]) -> T:
-        """What `make` gives on the first process, on all of them; inside `make` that process counts as alone. Its error is everybody's."""
+        """What `make` gives on the first process, on all of them; its error is everybody's. Inside `make` that process counts as alone.
+
+        Tensors that lie on its GPU arrive on the GPU of each.
+        """
         if not self.are_many:
             return make()
-        answer: list[Any] = [None]
         if self.is_first:
             with alone():
                 try:
-                    answer = [(True, make())]
+                    made = make()
                 except Exception as error:
-                    self._tell((False, _portable(error)))
+                    self._broadcast(_packed((False, _portable(error))))
                     raise
-            self._tell(answer[0])
-            done: T = answer[0][1]
-            return done
-        good, found = self._tell(None)
-        if not good:
+            self._broadcast(_packed((True, made)))
+            return made
+        has_made, found = _unpacked(self._broadcast(b""))
+        if not has_made:
             raise found
         heard: T = found
         return heard
 
-    def _tell(self, what: Any) -> Any:
-        box = [what]
+    def _broadcast(self, content: bytes) -> bytes:
+        box: list[Any] = [content]
         distributed.broadcast_object_list(box, src=0, device=torch.device("cpu"))
-        return box[0]
+        heard: bytes = box[0]
+        return heard
 
     def gather(self, value: T) -> list[T]:
         """The `value` of every process, on all of them."""
@@ -264,6 +272,21 @@ class _Assemble(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
         (positions,) = ctx.saved_tensors
         return gradients[0][positions], None, None
+
+
+def _packed(what: object) -> bytes:
+    content = io.BytesIO()
+    torch.save(what, content)
+    return content.getvalue()
+
+
+def _unpacked(content: bytes) -> Any:
+    """What the first process of this very run has packed; nothing else comes here."""
+
+    def here(storage: Any, location: str) -> Any:
+        return storage.cuda() if location.startswith("cuda") else storage
+
+    return torch.load(io.BytesIO(content), map_location=here, weights_only=False)
 
 
 def _portable(error: Exception) -> Exception:

@@ -19,10 +19,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from trainer.byte_file import MOST_READ, ByteFile
 from trainer.errors import DataError
 
 BUFFER_BYTES = 1 << 20
-MOST_READ = 1 << 30  # Linux gives at most 2 GiB in one call
 Index: TypeAlias = "Tensor | NDArray[np.int64] | slice"
 
 
@@ -47,7 +47,7 @@ class StoredPixels:
         self._whole = tuple(shape)
         self._rows = rows
         self._row_bytes = int(np.prod(shape[1:], dtype=np.int64)) * dtype.itemsize
-        self._file: tuple[int, int] | None = None  # the process and its descriptor
+        self._file = ByteFile(path)
         self._keeps: Any = None  # of a temporary folder: it goes with the last of those who read there
 
     @property
@@ -91,7 +91,7 @@ class StoredPixels:
 
     def _like(self, rows: NDArray[np.int64] | None, device: torch.device) -> StoredPixels:
         other = StoredPixels(self.path, self._whole, self.dtype, rows)
-        other.device, other._keeps = device, self._keeps
+        other.device, other._file, other._keeps = device, self._file, self._keeps
         return other
 
     def _rows_of(self, index: Index) -> NDArray[np.int64]:
@@ -131,21 +131,13 @@ class StoredPixels:
                 os.posix_fadvise(descriptor, row * size, count * size, os.POSIX_FADV_WILLNEED)
 
     def _descriptor(self) -> int:
-        # A forked child could share it, but would close it too when it ends.
-        if self._file is None or self._file[0] != os.getpid():
-            try:
-                self._file = (os.getpid(), os.open(self.path, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0)))
-            except OSError as error:
-                raise DataError(f"the pixels in {self.path} cannot be read: {error.strerror or error}") from None
-        return self._file[1]
+        try:
+            return self._file.descriptor()
+        except OSError as error:
+            raise DataError(f"the pixels in {self.path} cannot be read: {error.strerror or error}") from None
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_file": None, "_keeps": None}
-
-    def __del__(self) -> None:
-        file = self.__dict__.get("_file")
-        if file is not None and file[0] == os.getpid():
-            os.close(file[1])
+        return {**self.__dict__, "_keeps": None}
 
 
 Pixels: TypeAlias = "Tensor | StoredPixels"

@@ -65,9 +65,8 @@ class DriftFollower:
         due_s, period_s = self._due_s[case.camera], 1 / self._settings.max_parts_per_s
         if case.captured_s < due_s:
             return False
-        self._due_s[case.camera] = (
-            max(due_s, case.captured_s - period_s) + period_s
-        )  # keeps to its grid while frames come
+        # Keeps to its grid while frames come.
+        self._due_s[case.camera] = max(due_s, case.captured_s - period_s) + period_s
         return True
 
     def follow(self, outcome: Outcome) -> None:

@@ -10,6 +10,7 @@ import pytest
 
 from exporters.cli import main as export_main
 from tests.waiting import wait_until
+from trainer import cli, images
 from trainer.cli import main
 
 
@@ -113,3 +114,7 @@ def test_ctrl_c_saves_and_says_how_to_go_on(tiny_settings_text: str, tmp_path: P
     assert process.returncode == 130
     assert f"go on with: dkm-train fit {config} --out {tmp_path / 'run'} --resume" in error and "Traceback" not in error
     assert (tmp_path / "run" / "checkpoints" / "last.safetensors").is_file()
+
+
+def test_help_names_the_places_that_data_come_from() -> None:
+    assert cli.PLACES == images.PLACES

@@ -12,8 +12,8 @@ Dhillon and Modha, "Concept decompositions", 2001, for the spherical one.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Iterator
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal
 
@@ -44,10 +44,6 @@ class KMeansResult:
     labels: Tensor
     inertia: float
     iterations: int
-
-    def on(self, device: torch.device | str) -> KMeansResult:
-        """The same on another device."""
-        return replace(self, centroids=self.centroids.to(device), labels=self.labels.to(device))
 
 
 @dataclass(frozen=True)
@@ -81,7 +77,7 @@ def kmeans(
     z = z.detach().float()
     if together.are_many and z.numel() * n_clusters < SHARED_FROM:
         # The very result of one process: of restarts that end alike, the last digit of a sum chooses.
-        return together.same(lambda: kmeans(z, n_clusters, seed, options, init).on("cpu")).on(z.device)
+        return together.same(lambda: kmeans(z, n_clusters, seed, options, init))
     if options.spherical:
         z = torch.nn.functional.normalize(z, dim=1)
     check_distinct(z, n_clusters)
@@ -169,7 +165,7 @@ class _Points:
     def __init__(self, z: Tensor, n_clusters: int, options: KMeansOptions) -> None:
         self.z, self.n_clusters, self.options, self.together = z, n_clusters, options, ranks.current()
         # Unit-length centroids need the true origin; all others are found around the mean, where the expanded form cancels least.
-        self.centre = torch.zeros_like(z[0]) if options.spherical else self._same(lambda: z.mean(0))
+        self.centre = torch.zeros_like(z[0]) if options.spherical else self.together.same(lambda: z.mean(0))
         self.part = self.together.part(len(z))
         own = z[self.part]
         self.centred = own if options.spherical else own - self.centre
@@ -178,7 +174,7 @@ class _Points:
 
     def seeds(self, generator: torch.Generator) -> Tensor:
         """Initial centroids (K, D), around the centre; of several processes, the first one finds them."""
-        return self._same(lambda: self._seeds(generator))
+        return self.together.same(lambda: self._seeds(generator))
 
     def _seeds(self, generator: torch.Generator) -> Tensor:
         centred = self.centred if len(self.centred) == len(self.z) else self.z - self.centre
@@ -192,7 +188,7 @@ class _Points:
         means = sums / counts.clamp_min(1)[:, None]
         empty = torch.nonzero(counts == 0)[:, 0]
         if len(empty):
-            d2 = self._whole(d2)
+            d2 = self.together.join(d2, len(self.z))
             far = self.z[torch.topk(d2, min(len(empty), len(d2))).indices] - self.centre
             means[empty] = far.double()
         return means
@@ -222,15 +218,7 @@ class _Points:
     def result(self, centroids: Tensor, iterations: int) -> KMeansResult:
         """Labels as every later assignment is made."""
         labels, d2 = nearest(self.z[self.part], centroids)
-        return KMeansResult(centroids, self._whole(labels), self.total(d2), iterations)
-
-    def _whole(self, values: Tensor) -> Tensor:
-        """(N,) from values of the parts."""
-        positions = torch.arange(self.part.start, self.part.stop, device=values.device)
-        return self.together.assemble(values, positions, len(self.z))
-
-    def _same(self, make: Callable[[], Tensor]) -> Tensor:
-        return self.together.same(lambda: make().cpu()).to(self.z.device) if self.together.are_many else make()
+        return KMeansResult(centroids, self.together.join(labels, len(self.z)), self.total(d2), iterations)
 
 
 def _lloyd(points: _Points, mu: Tensor, options: KMeansOptions) -> tuple[Tensor, float, int]:

@@ -49,7 +49,7 @@ def mini_batch_kmeans(
     options, together = options or MiniBatchOptions(), ranks.current()
     z = z.detach().float()
     if together.are_many:  # one batch after another: the first process does it for all
-        return together.same(lambda: mini_batch_kmeans(z, n_clusters, seed, options, init).on("cpu")).on(z.device)
+        return together.same(lambda: mini_batch_kmeans(z, n_clusters, seed, options, init))
     check_distinct(z, n_clusters)
     generator = torch.Generator().manual_seed(seed)
     runs = 1 if init is not None else options.n_init

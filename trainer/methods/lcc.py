@@ -193,8 +193,7 @@ class LCC(StagedMethod):
 
     def _communities(self, rows: Tensor, epoch: int) -> Tuned:
         options = self.settings
-        # On a CPU, where they are looked for, and so that another process's answer is not on that one's GPU.
-        edges = neighbour_edges(neighbours_within(rows, options.neighbours).ids).cpu()
+        edges = neighbour_edges(neighbours_within(rows, options.neighbours).ids).cpu()  # where they are looked for
         resolution = 1.0 if options.resolution == "auto" else options.resolution
         how = CommunityOptions(options.communities, resolution, self.learner.seed + epoch)
 

@@ -171,11 +171,9 @@ class StochasticQuantization(StagedMethod):
         )
         quantizer = StochasticQuantizer(options.n_clusters, seed, how, self._class_samples(z))
 
-        def found() -> Tensor:
-            return quantizer.fit(z, options.passes).centroids.cpu()
-
         # One sample after the other: of several processes, the first one does it.
-        self.learner.model.centroids.copy_(ranks.current().same(found))
+        mu = ranks.current().same(lambda: quantizer.fit(z, options.passes).centroids)
+        self.learner.model.centroids.copy_(mu)
         if self.classes:
             self.owners = self._majorities(nearest(z, self.learner.model.centroids)[0])
 
