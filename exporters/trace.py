@@ -1,6 +1,6 @@
 """Traces the fused model into an ONNX ModelProto of contract 1: names, overridable inputs, versions, standard operators only.
 
-trace:   torch -> nodes -> interface of contract 1 -> folding -> downscaling (of a fixed frame) -> checked
+trace:   torch -> nodes -> interface of contract 1 -> folding -> sums of squares -> downscaling (of a fixed frame) -> checked
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ from exporters.errors import ExportError
 from exporters.folding import fold_normalisation
 from exporters.graph import FusedModel
 from exporters.nodes import prune
+from exporters.squares import join_squares
 
 TYPES = {
     "tensor(uint8)": TensorProto.UINT8,
@@ -86,6 +87,7 @@ def trace(fused: FusedModel, frame: tuple[int, int] | None) -> onnx.ModelProto:
     proto.ir_version = IR_VERSION
     prune(proto.graph)
     fold_normalisation(proto.graph)
+    join_squares(proto.graph)
     if frame:
         speed_up_downscaling(proto.graph, frame, (preprocess.height_px, preprocess.width_px))
     _check_operators(proto)
