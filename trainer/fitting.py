@@ -36,7 +36,7 @@ from trainer.methods import METHODS, Method
 from trainer.model import Seen
 from trainer.novelty import NoveltySettings
 from trainer.pixel_place import StorePlace
-from trainer.precision import check_precision
+from trainer.precision import check_precision, denormals_as_zero
 from trainer.progress import Progress, Silent
 from trainer.provenance import Outcome, describe
 from trainer.report import write_report
@@ -76,7 +76,12 @@ def fit(config: str | Path | TrainSettings, options: FitOptions | None = None) -
         settings = load_settings(TrainSettings, config, "train", Sources(options.overrides, "DKM_TRAIN"))
         name = find(config, "train").stem
     folder = options.out or Path("runs") / name
-    with ranks.joined() as together, _determinism(settings.train.deterministic), contextlib.ExitStack() as held:
+    with (
+        denormals_as_zero(),
+        ranks.joined() as together,
+        _determinism(settings.train.deterministic),
+        contextlib.ExitStack() as held,
+    ):
         together.same(lambda: held.enter_context(only_one_in(folder)))
         # Of several machines torchrun counts the restart on that where a process died, perhaps not on the others.
         is_restarted = any(together.gather(ranks.is_restarted()))
@@ -271,7 +276,6 @@ def _finish(
     seen = Seen(model.embed_dataset(dataset.pixels) if frozen is None else model.embed_frozen(frozen))
     bank, model.bank = ranks.current().same(lambda: (equip(model, settings, data, seen, say), model.bank))
     if model.bank is not None:
-        model.bank = model.bank.to(model.centroids.device)
         seen = model.see(dataset.pixels)
 
     def embedded(index: NDArray[np.int64]) -> Embedded:
@@ -306,7 +310,8 @@ def _train(
 
     def init() -> None:
         model = learner.model
-        model.projection.fit(learner.all_features(), model.n_clusters, learner.seed)
+        if settings.projection.kind != "none":  # else there is nothing to fit, and a pass over all images to spare
+            model.projection.fit(learner.all_features(), model.n_clusters, learner.seed)
         method.init_centroids()
 
     centroids = Stage("init", 0, settings.train.batch_size, OptimizerSettings(), [], learner.latents, begin=init)

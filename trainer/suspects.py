@@ -33,6 +33,7 @@ from trainer.whole_file import write_whole
 FILE = "suspects.csv"
 MIN_PARTS, MIN_GROUPS = 30, 5  # below, the middle of the scores says too little of their spread
 MAX_REFERENCE = 20_000  # parts that others are compared with
+SPARE = 15  # neighbours beyond those that are asked for
 ALIKE = 1e-3  # distances below this share of the whole scatter are those of equal images, and rounding
 MIDDLE = 0.85  # the spread is that between the median and this quantile, or its mirror where that is wider
 SHRINK_PARTS = 10  # a cluster's own place counts as n parts against 10 of all clusters'
@@ -86,10 +87,11 @@ def suspects(
         return Suspects(np.ones(len(z)), np.ones(len(z)), is_suspect, options.level, problem)
     fold = folds_of(groups, options)
     clusters = np.zeros(len(z), np.int64) if clusters is None else clusters
+    nearest = _Nearest(z, fold, options)
     seen = [is_suspect]
     score, p = np.ones(len(z)), np.ones(len(z))
     for _ in range(options.rounds):
-        distance = _distances(z, fold, ~is_suspect, options)
+        distance = nearest.distances(is_suspect)
         if np.median(distance) <= ALIKE * np.sqrt(z.var(0).sum()):
             return Suspects(score, p, is_suspect, options.level, "more than half of the images are alike")
         score, p = _judged(distance, groups, clusters)
@@ -145,22 +147,43 @@ def folds_of(groups: NDArray[np.int64], options: SuspectOptions) -> NDArray[np.i
     return np.asarray(dealt[index], np.int64)
 
 
-def _distances(
-    z: NDArray[np.float32], fold: NDArray[np.int64], is_reference: NDArray[np.bool_], options: SuspectOptions
-) -> NDArray[np.float64]:
-    """(N,) mean distance to the nearest parts of the other folds."""
-    rng = np.random.default_rng((options.seed, 12))
-    found = np.zeros(len(z))
-    for n in range(options.folds):
-        others = np.flatnonzero((fold != n) & is_reference)
-        if len(others) > MAX_REFERENCE:
-            others = rng.choice(others, MAX_REFERENCE, replace=False)
-        own = np.flatnonzero(fold == n)
-        count = min(options.neighbours, len(others))
-        if len(own) and count:
-            near = nearest_neighbours(torch.from_numpy(z[own]), torch.from_numpy(z[others]), count)
-            found[own] = np.sqrt(np.maximum(near.d2.numpy(), 0)).mean(1)
-    return found
+class _Nearest:
+    """The nearest parts of the other folds to each of z (N, D): some more than are asked for, so that suspects drop out without a new search."""
+
+    def __init__(self, z: NDArray[np.float32], fold: NDArray[np.int64], options: SuspectOptions) -> None:
+        self._z, self._count = torch.from_numpy(z), options.neighbours
+        rng = np.random.default_rng((options.seed, 12))
+        self._folds: list[tuple[NDArray[np.int64], NDArray[np.int64]]] = []  # rows of a fold, and those that judge them
+        self._ids = np.full((len(z), self._count + SPARE), -1, np.int64)
+        self._distance = np.zeros(self._ids.shape)
+        for n in range(options.folds):
+            own, others = np.flatnonzero(fold == n), np.flatnonzero(fold != n)
+            if len(others) > MAX_REFERENCE:
+                others = rng.choice(others, MAX_REFERENCE, replace=False)
+            self._folds.append((own, others))
+            ids, distance = self._search(own, others, self._ids.shape[1])
+            self._ids[own, : ids.shape[1]], self._distance[own, : ids.shape[1]] = ids, distance
+
+    def distances(self, is_suspect: NDArray[np.bool_]) -> NDArray[np.float64]:
+        """(N,) mean distance to the nearest ones that are no suspects."""
+        usable = ~is_suspect[self._ids] & (self._ids >= 0)
+        taken = usable & (usable.cumsum(1) <= self._count)
+        found = (self._distance * taken).sum(1) / taken.sum(1).clip(1)
+        is_short = taken.sum(1) < self._count
+        for own, others in self._folds:
+            short, judges = own[is_short[own]], others[~is_suspect[others]]
+            if len(short):
+                found[short] = self._search(short, judges, self._count)[1].mean(1) if len(judges) else 0.0
+        return found
+
+    def _search(
+        self, own: NDArray[np.int64], others: NDArray[np.int64], count: int
+    ) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
+        """Rows and distances (n, count) of those nearest to `own` (n,) among `others`; fewer where there are fewer."""
+        if not len(own) or not len(others):
+            return np.zeros((len(own), 0), np.int64), np.zeros((len(own), 0))
+        near = nearest_neighbours(self._z[own], self._z[others], count)
+        return others[near.ids.numpy()], np.sqrt(np.maximum(near.d2.numpy(), 0))
 
 
 def _judged(

@@ -6,10 +6,17 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from trainer.encoders import dense
 from trainer.encoders.dense import Dense, _is_fast
 from trainer.encoders.mlp import MLPEncoder, MLPSettings
 
 HAS_ONE_DNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+
+
+@pytest.fixture(autouse=True)
+def other_processor(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a processor that is not Intel's, wherever the tests run."""
+    monkeypatch.setattr(dense, "_is_intel", lambda: False)
 
 
 def pair(width_in: int = 300, width: int = 70) -> tuple[Dense, nn.Linear]:
@@ -96,6 +103,14 @@ def test_eager_float32_on_a_cpu_takes_the_fast_way_and_nothing_else_does() -> No
     assert not _is_fast(x[0], layer.weight)
     with torch.autocast("cpu", torch.bfloat16):
         assert not _is_fast(x, layer.weight)
+
+
+@pytest.mark.skipif(not HAS_ONE_DNN, reason="this PyTorch has no oneDNN")
+def test_on_an_intel_processor_the_products_stay_pytorchs_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    layer, plain = pair()
+    x = torch.randn(4, 300)
+    monkeypatch.setattr(dense, "_is_intel", lambda: True)
+    assert not _is_fast(x, layer.weight) and torch.equal(layer(x, relu=True), torch.relu(plain(x)))
 
 
 def test_a_traced_encoder_shows_plain_operators_only() -> None:

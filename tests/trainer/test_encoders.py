@@ -44,6 +44,18 @@ def test_features_have_the_announced_size_and_the_decoder_restores_the_shape(
     assert (decoder is None) == (name == "pretrained")
 
 
+def test_glorot_weights_are_uniform_within_their_bound_in_encoder_and_decoder_without_bias() -> None:
+    torch.manual_seed(0)
+    encoder = ENCODERS["mlp"](MLPSettings(hidden=(60,), dim=5, init="glorot"), (1, 10, 10))
+    decoder = encoder.build_decoder()
+    assert decoder is not None
+    for layer in (*encoder.layers, *decoder.layers):  # type: ignore[misc, union-attr]
+        bound = (6 / sum(layer.weight.shape)) ** 0.5
+        assert 0.95 * bound < float(layer.weight.detach().abs().max()) <= bound and not layer.bias.any()
+    plain = ENCODERS["mlp"](MLPSettings(hidden=(60,), dim=5), (1, 10, 10))
+    assert float(plain.layers[0].weight.detach().abs().max()) <= 0.1 and plain.layers[0].bias.any()  # type: ignore[index, union-attr, union-attr]
+
+
 def test_the_input_of_feature_mlp_is_scaled_to_a_mean_square_of_one_and_frozen() -> None:
     encoder = build("feature_mlp", (3, 48, 48)).eval()
     features = encoder.frozen(torch.randn(90, 3, 48, 48, generator=torch.Generator().manual_seed(0)))
