@@ -1,6 +1,7 @@
 """Real sets as lines that run and then change: fit on a part of the groups, export, and see the other groups through the exported model.
 
-The reference is the exported model's own. Groups are split at random: 70 % are fitted on, the others are the stream.
+The reference is the exported model's own. Groups are split at random: 70 % are fitted on, the others are the stream. A name with `_bank` is
+the same set seen by a model with a bank.
 """
 
 from __future__ import annotations
@@ -17,6 +18,9 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
+from benchmarks.novelty.false_rejects import GAUSSIAN_BANK
+from benchmarks.novelty.parts import GOOD
+from benchmarks.novelty.tile import NO_GROUPS, tiles
 from benchmarks.table import WEIGHTS, real_set
 from edge_dkm import Inspector
 from edge_dkm.contract import Metadata
@@ -29,12 +33,24 @@ from trainer import FitOptions, fit
 FITTED = 0.7
 PCB_SOURCES = 360
 PER_CLASS = 60
-RECIPES = {
+BANK = "_bank"
+RECIPES: dict[str, tuple[str, tuple[str, ...]]] = {
     "bottle": ("bottle_ae_kmeans", ()),
     "x_sdd": ("x_sdd_ae_kmeans", ("novelty={target_frr: 0.01}",)),
     "deeppcb": (
         "bottle_ae_kmeans",
         ("preprocess.height_px=64", "preprocess.width_px=64", "novelty={target_frr: 0.01}"),
+    ),
+    "x_sdd_bank": ("x_sdd_novelty", ()),
+    "tile_bank": ("tile_bank", (*NO_GROUPS, GAUSSIAN_BANK)),
+    "deeppcb_bank": (
+        "bottle_ae_kmeans",
+        (
+            "preprocess.height_px=64",
+            "preprocess.width_px=64",
+            "method.n_clusters=8",
+            "novelty={target_frr: 0.01, bank: {layers: [fire8, fire9]}}",
+        ),
     ),
 }
 
@@ -96,7 +112,7 @@ def see(name: str, seed: int, left_out: str | None, cache: Path | None) -> Seen:
 
 
 def _look(name: str, seed: int, left_out: str | None, folder: Path) -> dict[str, Any]:
-    source = _sources(name, left_out, folder)
+    source = _sources(name.removesuffix(BANK), left_out, folder)
     groups = np.array([group for _, group in source.good])
     order = np.random.default_rng(seed).permutation(np.unique(groups))
     fitted = set(order[: round(FITTED * len(order))].tolist())
@@ -164,7 +180,18 @@ def _sources(name: str, left_out: str | None, folder: Path) -> _Source:
         kept = [(str(p), f"{p.parent.name}-{p.stem}") for p in paths if p.parent.name != left_out]
         other = [str(p) for p in paths if p.parent.name == left_out]
         return _Source(kept, {left_out: other} if left_out else {})
-    return _deeppcb(folder)
+    return _tile() if name == "tile" else _deeppcb(folder)
+
+
+def _tile() -> _Source:
+    """Defects whose group has a good tile are left out."""
+    good = [(str(part.path.resolve()), part.group) for part in tiles() if part.label == GOOD]
+    known = {group for _, group in good}
+    foreign: dict[str, list[str]] = {}
+    for part in tiles():
+        if part.label != GOOD and part.group not in known:
+            foreign.setdefault(part.label, []).append(str(part.path.resolve()))
+    return _Source(good, foreign)
 
 
 def _deeppcb(folder: Path) -> _Source:

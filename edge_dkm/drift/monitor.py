@@ -5,7 +5,8 @@ and against the line's own beginning, once that is known.
 
 moved          light, focus, position: the picture's own measures left their interval. Less focus takes contrast with it, and burnt-out
                highlights sharpen edges, so light and focus are told apart by direction. new_type, new_family: more parts than before are
-               novel, they are like one another, and the picture is as it was; new_type where they are a quarter of all, or more.
+               novel, they are like one another, and the picture is as it was; new_type where they are a quarter of all, or more. new_family
+               too where no more are novel, but crowd as none did (edge_dkm/drift/crowd.py).
 recommended    camera     light, focus or position has moved, and the model sees the parts differently. Where it does not: none.
                retrain    novel parts keep coming while the others are as they were, alike (a new type or family) or not: recentring must
                           not learn them; or embeddings have moved beyond what the training parts scatter, or most parts are novel.
@@ -22,6 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edge_dkm.drift.baseline import Baseline
+from edge_dkm.drift.crowd import CROWD, Crowd
 from edge_dkm.drift.detector import MeanDetector
 from edge_dkm.drift.novel_parts import MANY, NovelParts
 from edge_dkm.drift.recent import Recent
@@ -32,6 +34,8 @@ LARGE_SHIFT = 1.0  # in the scatter of the reference
 MOST = 0.5  # of the parts novel
 LEAST_SHARE = 0.001  # of recent parts: smaller ones are not listed
 HOLD_PARTS = 60  # the cause may show a little later than its effect: until then nothing but the camera is blamed
+CROWD_HOLD_PARTS = 400  # a blurred camera's novel parts crowd too, and before the blur itself is sure
+FEW = 0.05  # of all parts crowded: with fewer the others are as they were, however the line had moved before
 SUPPORT = math.log(100)  # evidence that is enough to explain an alarm by, not to raise one
 FAR_RANK = 0.05  # mean ranks this close to 0 or 1: beyond all that the reference or anything else explains
 
@@ -91,7 +95,7 @@ class DriftMonitor:
         self.reference, self._n_clusters, self._run_in = reference, n_clusters, run_in
         self._rare = np.array([is_event(name) for name in reference.names], bool)
         self._every = false_alarm_every / reference.block
-        n_tests = 4 * len(reference.names)  # two sides, against the reference and against the beginning
+        n_tests = 4 * len(reference.names) + 1  # two sides, against the reference and the beginning; and the crowd
         low, high = reference.interval()
         self._against_reference = MeanDetector(low, high, self._every, n_tests)
         everywhere = np.zeros_like(low), np.ones_like(high)
@@ -105,6 +109,11 @@ class DriftMonitor:
         self._recent_shares, self._recent_novel = Recent(n_clusters), Recent(1)
         self._recent_mean: Recent | None = None
         self._novel = NovelParts()
+        self._crowd = (
+            None
+            if reference.frame is None
+            else Crowd(reference.frame.mean, reference.block, false_alarm_every, n_tests, run_in)
+        )
         self._n = 0
         self._left_since: int | None = None  # part at which the first of those that are outside now has left
 
@@ -126,6 +135,8 @@ class DriftMonitor:
         if len(self._block) == self.reference.block:
             self._test(_mean_of_known(np.array(self._block)))
             self._block = []
+        if self._crowd is not None:
+            self._crowd.observe(sighting.embedding, is_novel, is_beginning=not self._left[0].any())
 
     def _test(self, x: Vector) -> None:
         self._recent.observe(x, self.reference.block)
@@ -155,7 +166,11 @@ class DriftMonitor:
     @property
     def has_left(self) -> bool:
         """Whether any statistic is outside its interval."""
-        return bool(self._left.any())
+        return bool(self._left.any()) or self._has_crowd
+
+    @property
+    def _has_crowd(self) -> bool:
+        return self._crowd is not None and self._crowd.left_for is not None
 
     def state(self) -> DriftState:
         """As of now."""
@@ -168,9 +183,13 @@ class DriftMonitor:
             shift,
             moved,
             self._recommended(moved, shift, rate),
-            tuple(self.reference.names[n] + "-+"[side] for n, side in np.argwhere(self._left.any(axis=0)).tolist()),
+            self._names_left(),
             self._is_settled,
         )
+
+    def _names_left(self) -> tuple[str, ...]:
+        names = [self.reference.names[n] + "-+"[side] for n, side in np.argwhere(self._left.any(axis=0)).tolist()]
+        return tuple([*names, f"{CROWD}+"] if self._has_crowd else names)
 
     def _shift(self) -> float | None:
         frame = self.reference.frame
@@ -213,10 +232,28 @@ class DriftMonitor:
             moved.append("focus")
         if any(self._explains("right", "down")) and (not moved or self._is_far("right", "down")):
             moved.append("position")
+        return tuple(moved) or self._new_kind(novelty_rate)
+
+    def _new_kind(self, novelty_rate: float) -> tuple[Moved, ...]:
+        """What novel parts say where the picture says nothing."""
         above = [level for level in LEVELS if self._has_left(f"beyond-{level:g}")[1]]
-        if above and not moved and not self._is_held and self._is_family(max(above)):
-            moved.append("new_type" if novelty_rate >= MANY else "new_family")
-        return tuple(moved)
+        if above and not self._is_held and self._is_family(max(above)):
+            return ("new_type",) if novelty_rate >= MANY else ("new_family",)
+        return ("new_family",) if self._is_crowd_new() else ()
+
+    def _is_crowd_new(self) -> bool:
+        """Whether the crowd is a family of its own: not the first sign of a camera or a line that has moved as a whole.
+
+        What moves every part moves the ranks, a few novel parts do not: while evidence against those gathers it is waited for, and once they
+        have left their intervals only a crowd that is too small to come of it counts.
+        """
+        crowd, ranks = self._crowd, ~self._rare
+        if crowd is None or crowd.left_for is None:
+            return False
+        detectors = self._against_reference, self._against_beginning
+        is_stirred = any((detector.evidence[ranks] >= SUPPORT).any() for detector in detectors)
+        most = FEW if self._left[:, ranks].any() else MANY
+        return crowd.left_for >= (CROWD_HOLD_PARTS if is_stirred else HOLD_PARTS) and crowd.rate < most
 
     def _is_family(self, above: float) -> bool:
         frame = self.reference.frame
@@ -227,13 +264,15 @@ class DriftMonitor:
         has_shifted = any(
             self._has_left(*(n for n in names if n == "novelty" or n.startswith(("direction-", "cluster-"))))
         )
-        has_novel = self._has_left(*(n for n in names if n.startswith("beyond-")))[1]
+        has_novel = self._has_crowd or self._has_left(*(n for n in names if n.startswith("beyond-")))[1]
         if {"light", "focus", "position"} & set(moved):
             return "camera" if has_shifted or has_novel else "none"
+        if moved:  # a new kind, which has been held already
+            return "retrain"
         if self._is_held or not (has_shifted or has_novel):
             return "none"
         is_large = novelty_rate > MOST or (shift is not None and shift > LARGE_SHIFT)
-        return "retrain" if moved or is_large or not has_shifted else "recentre"
+        return "retrain" if is_large or not has_shifted else "recentre"
 
 
 def _mean_of_known(rows: NDArray[np.float64]) -> Vector:
