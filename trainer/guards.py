@@ -47,7 +47,7 @@ class ClusterGuard:
             raise CollapseError(
                 "guard spread",
                 f"the embeddings' variance fell to {spread / self.spread:.2%} of its start; "
-                f"the encoder maps everything to one point",
+                f"the encoder maps everything to one point; lower method.clustering_weight or the learning rate",
             )
         return spread
 
@@ -71,7 +71,7 @@ class ClusterGuard:
             raise CollapseError(
                 "guard n_eff",
                 f"the mean assignment fills only {n_eff:.1f} of {self.n_clusters} clusters; "
-                f"use fewer clusters, a better pre-training or a lower learning rate",
+                f"use fewer clusters, a better pre-training, a lower learning rate or a lower method.clustering_weight",
             )
         if self.empty_refreshes >= MAX_EMPTY_REFRESHES:
             raise CollapseError(

@@ -100,3 +100,26 @@ def test_a_healthy_round_and_the_last_one_move_nothing() -> None:
     before = learner.model.centroids.detach().clone()
     method.after_epoch(1)
     assert torch.equal(learner.model.centroids, before)
+
+
+def test_assignments_that_are_still_soft_when_annealing_ends_are_said_and_what_to_lower() -> None:
+    learner = blob_learner()
+    method = DKM(DKMSettings(n_clusters=KINDS, alpha="annealed", epochs_per_alpha=1), learner, 25)
+    method.begin()
+    median = float(squared_distances(learner.all_latents(), learner.model.centroids.detach()).min(1).values.median())
+    seen = []
+    for unit in (1.0, median):  # the second one: as if the embeddings were wide
+        method.unit = torch.tensor(unit)
+        method.before_step(39 * method.steps_per_epoch)
+        expected = annealed_alphas()[-1] * median / unit
+        assert method.after_epoch(39).figures["sharpness"] == pytest.approx(expected, rel=1e-4)
+        seen.append(method.warnings())
+    assert len(seen[0]) == 1 and "lower method.clustering_weight (1)" in seen[0][0]
+    assert seen[1] == []  # control
+
+
+def test_a_fixed_alpha_is_soft_because_somebody_wants_it() -> None:
+    method = DKM(DKMSettings(n_clusters=KINDS, alpha=1e-6, epochs_per_alpha=1), blob_learner(), 25)
+    method.begin()
+    method.after_epoch(0)
+    assert method.sharpness < 1 and method.warnings() == []

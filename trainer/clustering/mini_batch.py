@@ -17,7 +17,7 @@ from torch import Tensor
 
 from trainer import ranks
 from trainer.clustering.engine import build_assign
-from trainer.clustering.kmeans import KMeansResult, check_distinct, plus_plus
+from trainer.clustering.kmeans import KMeansResult, add_rows, check_distinct, plus_plus
 from trainer.distance import nearest
 from trainer.errors import DataError
 
@@ -90,7 +90,7 @@ def _run(z: Tensor, mu: Tensor, generator: torch.Generator, options: MiniBatchOp
 def updated(mu: Tensor, counts: Tensor, batch: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     """Centroids (K, D) and member counts (K,), both float64, after a batch (B, D) with its assignment (B,)."""
     new = torch.bincount(labels, minlength=len(mu)).to(counts)
-    sums = torch.zeros_like(mu).index_add_(0, labels, batch.double())
+    sums = add_rows(torch.zeros_like(mu), labels, batch.double())
     total = counts + new
     return mu + (sums - new[:, None] * mu) / total.clamp_min(1.0)[:, None], total
 

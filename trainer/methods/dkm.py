@@ -7,7 +7,8 @@ The gradient flows through G. Two published modes: `alpha: 1000` on a pre-traine
 labels come from a clean full pass, epochs see every sample once, and a centroid that lost its samples, or met another one, is moved
 to the sample farthest from all, since at alpha 1000 nothing else would ever reach it. Adam's default rate is 1e-4 instead of 1e-3,
 which threw the clusters of a pre-trained autoencoder together in its first epochs (docs/accuracy.md); from scratch use 1e-3.
-PyTorch's initial weights instead of Glorot's. While alpha anneals the guards speak from its second half on.
+While alpha anneals the guards speak from its second half on. It needs wide embeddings at the start (`encoder.init: glorot`, as the authors)
+and a `clustering_weight` under which they do not shrink faster than alpha grows, which the logged `sharpness` shows without labels.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from trainer.methods.trained import TrainedMethod
 from trainer.stage import EpochReport, OptimizerSettings
 
 FIRST_ALPHA, ANNEALED_ALPHAS = 0.1, 40
+MIN_SHARPNESS = 3.0  # a centroid twice as far (squared) as the nearest then has a twentieth of its weight
 MIN_SHARE = 0.5  # samples, of the whole set: a centroid with less gets no gradient worth the name
 
 
@@ -56,14 +58,14 @@ class DKM(TrainedMethod):
     settings: DKMSettings
     needs_decoder = True
     learns_centroids = True
-    kept = ("unit",)
+    kept = ("unit", "sharpness")
 
     def __init__(self, settings: DKMSettings, learner: Learner, batch_size: int) -> None:
         super().__init__(settings, learner, batch_size)
         self.alphas = annealed_alphas() if settings.alpha == "annealed" else [settings.alpha] * settings.rounds
         self.epochs = len(self.alphas) * settings.epochs_per_alpha
         self.convergence = Convergence(len(learner), settings.n_clusters, 0.0, self.steps_per_epoch)
-        self.unit, self.epoch = torch.tensor(1.0), 0
+        self.unit, self.sharpness, self.epoch = torch.tensor(1.0), torch.tensor(torch.inf), 0
 
     @torch.no_grad()
     def init_centroids(self) -> None:
@@ -103,10 +105,22 @@ class DKM(TrainedMethod):
             return EpochReport({"alpha": self.alpha, **self.convergence.figures})
         z, mu = self.learner.all_latents(), self.learner.model.centroids
         self.convergence.check(z)
+        self.sharpness = self.alpha * nearest(z, mu)[1].median()
         moved = 0 if epoch + 1 == self.epochs else self._repair(z)  # after the last epoch nothing would train it
         if self.settings.alpha != "annealed" or (epoch + 1) * 2 > self.epochs:
             self.convergence.look(nearest(z, mu)[0], z, mu, (epoch + 1) * self.steps_per_epoch)
-        return EpochReport({"alpha": self.alpha, "moved": float(moved), **self.convergence.figures})
+        return EpochReport(
+            {"alpha": self.alpha, "sharpness": float(self.sharpness), "moved": float(moved), **self.convergence.figures}
+        )
+
+    def warnings(self) -> list[str]:
+        if self.settings.alpha != "annealed" or self.sharpness >= MIN_SHARPNESS:
+            return []
+        return [
+            f"method dkm ended with assignments that are still soft: alpha times the median squared distance to the nearest centroid is "
+            f"{float(self.sharpness):.2g}, expected at least {MIN_SHARPNESS:g}; the embedding shrank: lower method.clustering_weight "
+            f"({self.settings.clustering_weight:g})"
+        ]
 
     def _repair(self, z: Tensor) -> int:
         """Moves centroids that no gradient reaches, or that lie on another one, to the samples farthest from all; returns how many."""
