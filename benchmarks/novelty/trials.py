@@ -51,10 +51,8 @@ from trainer.preprocess import Preprocess
 from trainer.report.assignment_table import read_assignments
 
 SIDE_PX, BLUR = 224, 2  # as shipped
-FIRE8_PX, FIRE8_FIRST_PX = (
-    8,
-    9.5,
-)  # from one cell's middle to the next, and the first one's: no convolution before it is padded
+# From one cell's middle to the next, and the first one's: no convolution before it is padded.
+FIRE8_PX, FIRE8_FIRST_PX = 8, 9.5
 BATCH, LR = 16, 2e-4
 LIGHT = AugmentSettings(brightness=0.3, contrast=0.3, noise=0.1)
 DEEP = ("fire8", "fire9")

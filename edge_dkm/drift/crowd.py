@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from edge_dkm.drift.baseline import Baseline
 from edge_dkm.drift.detector import MeanDetector
+from edge_dkm.drift.novel_parts import directions
 from edge_dkm.drift.recent import Recent
 
 CROWD = "crowd"  # as the messages call it
@@ -85,7 +86,7 @@ class Crowd:
         if self.left_for is not None:
             self.left_for += 1
         if is_novel:
-            direction = self._direction(embedding)
+            direction = directions(embedding, self._mean).astype(np.float32)
             self._crowded += not is_run_in and self._is_crowded(direction)
             if not self._is_kept:  # parts of a block are worth no more than one
                 (self._known if is_run_in else self._last).add(direction)
@@ -95,10 +96,6 @@ class Crowd:
             if not is_run_in:
                 self._observe_block(np.array([self._crowded / self._block]), is_beginning)
             self._crowded, self._in_block, self._is_kept = 0, 0, False
-
-    def _direction(self, embedding: NDArray[np.float32]) -> Direction:
-        away = embedding.astype(np.float64) - self._mean
-        return np.asarray(away / max(float(np.linalg.norm(away)), 1e-12), np.float32)
 
     def _is_crowded(self, direction: Direction) -> bool:
         expected = self._known.alike(direction) * (LAST / max(len(self._known), LAST))

@@ -32,6 +32,11 @@ class NovelParts:
         embeddings = [embedding for score, embedding in self._parts if score > above][-COMPARED:]
         if len(embeddings) < MIN_PARTS:
             return False
-        away = np.stack(embeddings).astype(np.float64) - mean
-        away /= np.maximum(np.linalg.norm(away, axis=1, keepdims=True), 1e-12)
+        away = directions(np.stack(embeddings), mean)
         return bool((away @ away.T >= SAME_WAY).mean(axis=1).max() >= MIN_SHARE)
+
+
+def directions(embeddings: NDArray[np.float32], mean: NDArray[np.float32]) -> NDArray[np.float64]:
+    """Unit vectors (..., D) in which embeddings (..., D) lie, seen from `mean` (D,)."""
+    away = embeddings.astype(np.float64) - mean
+    return np.asarray(away / np.maximum(np.linalg.norm(away, axis=-1, keepdims=True), 1e-12))

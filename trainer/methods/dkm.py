@@ -105,8 +105,9 @@ class DKM(TrainedMethod):
             return EpochReport({"alpha": self.alpha, **self.convergence.figures})
         z, mu = self.learner.all_latents(), self.learner.model.centroids
         self.convergence.check(z)
-        self.sharpness = self.alpha * nearest(z, mu)[1].median()
-        moved = 0 if epoch + 1 == self.epochs else self._repair(z)  # after the last epoch nothing would train it
+        d2 = nearest(z, mu)[1]
+        self.sharpness = self.alpha * d2.median()
+        moved = 0 if epoch + 1 == self.epochs else self._repair(z, d2)  # after the last epoch nothing would train it
         if self.settings.alpha != "annealed" or (epoch + 1) * 2 > self.epochs:
             self.convergence.look(nearest(z, mu)[0], z, mu, (epoch + 1) * self.steps_per_epoch)
         return EpochReport(
@@ -122,14 +123,16 @@ class DKM(TrainedMethod):
             f"({self.settings.clustering_weight:g})"
         ]
 
-    def _repair(self, z: Tensor) -> int:
-        """Moves centroids that no gradient reaches, or that lie on another one, to the samples farthest from all; returns how many."""
+    def _repair(self, z: Tensor, d2: Tensor) -> int:
+        """Moves centroids that no gradient reaches, or that lie on another one, to the samples farthest from all; returns how many.
+
+        `d2` (N,): squared distances of z to the nearest centroid.
+        """
         mu = self.learner.model.centroids
         share = sum(soft_assignment(squared_distances(part, mu), self.alpha).sum(0) for part in z.split(8192))
         gaps = torch.cdist(mu, mu).masked_fill(torch.ones(len(mu), len(mu), device=mu.device).triu().bool(), torch.inf)
         median = torch.pdist(mu).median()
         lost = torch.nonzero((share < MIN_SHARE) | (gaps.min(1).values < MIN_CENTRE_SHARE * median))[:, 0]
-        d2 = nearest(z, mu)[1]
         for k in lost.tolist():
             mu[k] = z[d2.argmax()]
             d2 = d2.minimum((z - mu[k]).square().sum(1))
