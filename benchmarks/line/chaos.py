@@ -33,6 +33,9 @@ from tests.faults.proxy import HALF_OPEN, Fault, Proxy
 from tests.waiting import wait_until
 
 POLL_S = 0.01
+HELD_BYTES = (
+    40 * 4
+)  # the answers to 40 results: the broker sends 20 to a consumer that stands still, and keeps the others
 SETTLE_S = 240.0  # for what waits to be delivered and asked for again, at the end
 FAULTS = (
     Fault(latency_s=0.05),
@@ -115,9 +118,8 @@ class Chaos:
         self.done: Counter[str] = Counter()
         self.consumer = self._start_consumer()
         wait_until(lambda: "Success" in read_text(folder / "consumer.log"))
-        time.sleep(
-            0.2
-        )  # its subscription follows; a result that came before it would be lost in the control without any kill
+        # Its subscription follows; a result that came before it would be lost in the control without any kill.
+        time.sleep(0.2)
         self.station = self._start_station()
         self._healers: list[threading.Timer] = []
 
@@ -182,9 +184,11 @@ class Chaos:
         self._pause(0.05, 0.4)
 
     def _kill_broker(self) -> None:
-        """While the consumer stands still, so that the broker has something to lose."""
+        """While the consumer stands still and, where results flow, once the broker has taken some for it: it must have something to lose."""
         with frozen(self.consumer):
+            held_bytes = self.proxy.answered_bytes + HELD_BYTES
             self._pause(0.05, 0.3)
+            self._until(lambda: self.proxy.answered_bytes >= held_bytes, time.monotonic() + 1.0)
             self.broker.kill()
         self.done["broker kills"] += 1
         self._pause(0.0, 0.2)

@@ -70,6 +70,7 @@ class Proxy:
     def __init__(self, target_port: int) -> None:
         self.target_port, self.fault = target_port, PASS
         self.accepted = 0
+        self.answered_bytes = 0  # handed to clients, over all connections
         self._connections: set[_Connection] = set()
         self._threads: list[threading.Thread] = []
         self._lock = threading.Lock()
@@ -203,6 +204,7 @@ class Proxy:
             started_s = time.monotonic()
             sink.sendall(piece)
             connection.counted += len(piece)
+            self.answered_bytes += len(piece) if sink is connection.client else 0
             if fault.limit_bytes is not None and connection.counted >= fault.limit_bytes:
                 raise ConnectionAbortedError("the limit is reached")
             if fault.bytes_per_s:
