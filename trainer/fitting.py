@@ -25,6 +25,7 @@ from trainer.bank.fitting import check_bank, equip
 from trainer.checkpoint import Checkpoints, Position, has_checkpoint, remove_checkpoints, settings_digest
 from trainer.codebook import Embedded, cluster_table, finish, set_calibration
 from trainer.data import Dataset, load_dataset, open_dataset
+from trainer.denormals import denormals_as_zero
 from trainer.encoders.weights import with_digests
 from trainer.errors import CollapseError, DataError
 from trainer.frozen_features import frozen_features
@@ -36,7 +37,7 @@ from trainer.methods import METHODS, Method
 from trainer.model import Seen
 from trainer.novelty import NoveltySettings
 from trainer.pixel_place import StorePlace
-from trainer.precision import check_precision, denormals_as_zero
+from trainer.precision import check_precision
 from trainer.progress import Progress, Silent
 from trainer.provenance import Outcome, describe
 from trainer.report import write_report

@@ -1,9 +1,5 @@
 """The number format of training batches: float32, bfloat16, or half precision with a scaled loss. Losses, distances and heads stay float32.
 
-On a CPU, numbers below 1e-38 count as zero: momentum and Adam's averages of a weight that gets no gradient any more fall that far within 900
-steps (.9^900), and such numbers cost up to a hundred times as long. Measured on two cores of an Intel Xeon, d-500-500-2000-10 on MNIST: from
-the third epoch on an epoch took 1.5 times as long in fp32, twice in bf16.
-
 Source: Micikevicius et al., "Mixed precision training", 2017, arXiv 1710.03740. Half precision loses gradients below 6e-8, so the loss is
 multiplied by a factor that doubles every 2,000 steps and is halved, the step left out, when a gradient overflows. bfloat16 has the range
 of float32 and needs none of it. The factor and the steps since it last changed belong to a checkpoint.
@@ -12,7 +8,6 @@ of float32 and needs none of it. The factor and the steps since it last changed 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
 from typing import Literal
 
 import torch
@@ -22,17 +17,6 @@ from trainer.errors import DataError
 
 Format = Literal["fp32", "bf16", "fp16"]
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
-
-
-@contextlib.contextmanager
-def denormals_as_zero() -> Iterator[None]:
-    """In here, for this thread and the threads that PyTorch starts from now on; those that it has started before stay as they are."""
-    was_set = bool(torch.tensor(1e-38) * 0.1 == 0)  # there is no way to ask
-    torch.set_flush_denormal(True)
-    try:
-        yield
-    finally:
-        torch.set_flush_denormal(was_set)
 
 
 def check_precision(precision: Format, device: torch.device) -> None:

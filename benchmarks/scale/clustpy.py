@@ -4,8 +4,8 @@
     python -m benchmarks.scale.clustpy --python VENV/bin/python --pretrain-epochs 10 --epochs 15
 
 ClustPy runs in an environment of its own (`--python`, or EDGE_DKM_CLUSTPY_PYTHON), by the script that times it (`--peer`), which counts its
-`fit` alone. Ours is the whole of `fit`: reading the images, the report and the files too. Differs: its hidden units are leaky; its DEC
-takes the target of each batch from that batch, ours from all images twice an epoch; its labels are of a fresh k-means at the end.
+`fit` alone. Ours is the whole of `fit`: reading the images, the report and the files too. Differs: its DEC takes the target of each batch
+from that batch, ours from all images twice an epoch; its labels are of a fresh k-means at the end.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def ours(method: str, precision: str, arguments: argparse.Namespace) -> dict[str
     }
     changes = [
         f"data.path={real_set('mnist.npz')}",
-        "encoder={name: mlp, hidden: [500, 500, 2000], dim: 10}",
+        "encoder={name: mlp, hidden: [500, 500, 2000], dim: 10, negative_slope: 0.01}",
         f"pretrain={{epochs: {arguments.pretrain_epochs}, optimizer: {{kind: adam, lr: 0.001}}}}",
         f"method={methods[method]}",
         f"train={{batch_size: 256, seed: {arguments.seed}, precision: {precision}, device: cpu}}",

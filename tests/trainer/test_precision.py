@@ -13,7 +13,7 @@ from trainer import FitOptions, fit
 from trainer.checkpoint import Checkpoints, Position, training_state
 from trainer.errors import DataError
 from trainer.methods import METHODS
-from trainer.precision import Format, Precision, denormals_as_zero
+from trainer.precision import Format, Precision
 from trainer.settings import LoopSettings
 from trainer.stage import OptimizerSettings
 
@@ -32,36 +32,6 @@ def stepped(precision: Precision, loss_factor: float) -> torch.Tensor:
 
 def scale(precision: Precision) -> float:
     return float(precision.state()["scale"])
-
-
-def tenth_of_the_smallest() -> float:
-    return float((torch.tensor(1e-38) * 0.1).double())
-
-
-def test_denormals_are_zero_inside_and_as_they_were_outside() -> None:
-    assert tenth_of_the_smallest() > 0
-    with denormals_as_zero():
-        assert tenth_of_the_smallest() == 0
-        with denormals_as_zero():
-            pass
-        assert tenth_of_the_smallest() == 0
-    assert tenth_of_the_smallest() > 0
-
-
-def test_training_lets_no_average_of_a_dead_weight_sink_below_what_processors_are_quick_at(
-    image_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    seen: list[float] = []
-    build = OptimizerSettings.build
-
-    def noted(*arguments: object) -> torch.optim.Optimizer:
-        seen.append(tenth_of_the_smallest())
-        return build(*arguments)  # type: ignore[arg-type]
-
-    monkeypatch.setattr(OptimizerSettings, "build", noted)
-    fit(dec(image_folder), FitOptions(tmp_path / "run"))
-    assert seen and not any(seen)
-    assert tenth_of_the_smallest() > 0
 
 
 def test_half_precision_on_a_cpu_is_refused_with_what_to_choose_instead(image_folder: Path, tmp_path: Path) -> None:

@@ -14,18 +14,23 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
+
+LINEAR = 1.0
 
 
 class Dense(nn.Linear):
     """x (B, in) -> (B, out); the weights are those of nn.Linear, whose answer it gives up to rounding."""
 
-    def forward(self, x: Tensor, relu: bool = False) -> Tensor:
-        """The layer and, where `relu`, a ReLU behind it."""
+    def forward(self, x: Tensor, slope: float = LINEAR) -> Tensor:
+        """The layer, what is negative times `slope`: 1 the linear layer, 0 with a ReLU, between them with a leaky one."""
         if _is_fast(x, self.weight):
-            y: Tensor = _OneDNN.apply(x, self.weight, self.bias, relu)
+            y: Tensor = _OneDNN.apply(x, self.weight, self.bias, slope)
             return y
         y = super().forward(x)
-        return torch.relu(y) if relu else y
+        if slope == LINEAR:
+            return y
+        return functional.leaky_relu(y, slope) if slope else torch.relu(y)
 
 
 def _is_fast(x: Tensor, weight: Tensor) -> bool:
@@ -52,27 +57,30 @@ def _is_intel() -> bool:
     return "GenuineIntel" in text
 
 
-def _product(a: Tensor, b: Tensor, bias: Tensor | None = None, relu: bool = False) -> Tensor:
-    """Rows a (B, in) times b (out, in) transposed, plus the bias (out,)."""
-    y: Tensor = torch.ops.mkldnn._linear_pointwise(a, b, bias, "relu" if relu else "none", [], "")
+def _product(a: Tensor, b: Tensor, bias: Tensor | None = None, slope: float = LINEAR) -> Tensor:
+    """Rows a (B, in) times b (out, in) transposed, plus the bias (out,); negative sums times `slope`."""
+    kind = "none" if slope == LINEAR else "leaky_relu" if slope else "relu"
+    y: Tensor = torch.ops.mkldnn._linear_pointwise(a, b, bias, kind, [slope] if kind == "leaky_relu" else [], "")
     return y
 
 
 class _OneDNN(torch.autograd.Function):
-    """y = relu(x w' + bias); PyTorch derives nothing from oneDNN's own operator."""
+    """y = x w' + bias, negative ones times `slope`; PyTorch derives nothing from oneDNN's own operator."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, relu: bool) -> Tensor:
-        y = _product(x, weight, bias, relu)
-        ctx.relu = relu
-        ctx.save_for_backward(x, weight, *([y] if relu else []))
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, slope: float) -> Tensor:
+        y = _product(x, weight, bias, slope)
+        ctx.slope = slope
+        ctx.save_for_backward(x, weight, *([] if slope == LINEAR else [y]))
         return y
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None]:
         x, weight, *rest = ctx.saved_tensors
-        if ctx.relu:
+        if rest and ctx.slope:
+            gradient = torch.ops.aten.leaky_relu_backward(gradient, rest[0], ctx.slope, True)
+        elif rest:
             gradient = torch.ops.aten.threshold_backward(gradient, rest[0], 0)
         of_x, of_weight, of_bias, _ = ctx.needs_input_grad
         return (

@@ -3,6 +3,7 @@
 Source: Xie, Girshick, Farhadi 2016 (arXiv 1511.06335) section 4.3; ReLU everywhere except bottleneck and reconstruction.
 Differs from the paper: PyTorch's initial weights (uniform, 1/sqrt(fan_in)) instead of N(0, 0.01^2). `init: glorot` gives those of Glorot and
 Bengio 2010, uniform, sqrt(6 / (fan_in + fan_out)), biases 0: embeddings begin about ten times as wide, which methods without pre-training need.
+`negative_slope` above 0 makes the units leaky (Maas, Hannun, Ng 2013), ClustPy's .01 for example.
 """
 
 from __future__ import annotations
@@ -18,12 +19,13 @@ from trainer.encoders.dense import Dense
 
 
 class MLPSettings(EncoderSettings):
-    """Sizes of the hidden layers and of the embedding; `init`: the weights at the start."""
+    """Sizes of the hidden layers and of the embedding; `init`: the weights at the start; `negative_slope` of the hidden units, 0 is ReLU."""
 
     name: Literal["mlp"] = "mlp"
     hidden: tuple[int, ...] = (500, 500, 2000)
     dim: int = Field(10, ge=1)
     init: Literal["default", "glorot"] = "default"
+    negative_slope: float = Field(0.0, ge=0, lt=1)
 
 
 class MLPEncoder(Encoder):
@@ -37,13 +39,13 @@ class MLPEncoder(Encoder):
         self.out_dim = settings.dim
         widths = [shape[0] * shape[1] * shape[2], *settings.hidden, settings.dim]
         self.widths = list(pairwise(widths))
-        self.init = settings.init
+        self.init, self.slope = settings.init, settings.negative_slope
         self.layers = _layers(self.widths, self.init)
 
     def head(self, x: Tensor) -> Tensor:
         h = x.flatten(1)  # (B, C*H*W)
         for layer in self.layers[:-1]:
-            h = layer(h, relu=True)
+            h = layer(h, self.slope)
         return self.layers[-1](h)
 
     def build_decoder(self) -> nn.Module:
@@ -55,12 +57,12 @@ class MLPDecoder(nn.Module):
 
     def __init__(self, encoder: MLPEncoder) -> None:
         super().__init__()
-        self.shape = encoder.shape
+        self.shape, self.slope = encoder.shape, encoder.slope
         self.layers = _layers([(b, a) for a, b in reversed(encoder.widths)], encoder.init)
 
     def forward(self, z: Tensor) -> Tensor:
         for layer in self.layers[:-1]:
-            z = layer(z, relu=True)
+            z = layer(z, self.slope)
         return self.layers[-1](z).unflatten(1, self.shape)
 
 
