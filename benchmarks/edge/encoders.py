@@ -39,7 +39,7 @@ ENCODERS = {
     "ResNet-18": "{name: resnet, trainable: false}",
     "SqueezeNet": f"{{name: pretrained, weights: {WEIGHTS.partition('=')[2]}}}",
 }
-WARM_UP = 20
+WARM_UP, RUNS_LEFT_OUT = 20, 3
 
 
 def run_of(name: str, folder: Path, real: bool = False) -> Run:
@@ -114,6 +114,18 @@ class Turns:
 def in_turns(steps: Mapping[str, Callable[[], object]], rounds: int) -> Turns:
     """One round runs every step once."""
     taken = paired_ms(steps, rounds, WARM_UP)
+    return Turns({name: np.array(values) for name, values in taken.items()})
+
+
+def in_turns_of(runs: int, steps: Mapping[str, Callable[[], object]], rounds: int) -> Turns:
+    """One round is the median of some runs of every step, one after the other: each by itself, as on a line.
+
+    For steps with threads of their own: those of the step before wait busily, on the cores that this one needs, when it begins.
+    """
+    taken: dict[str, list[float]] = {name: [] for name in steps}
+    for _ in range(rounds):
+        for name, step in steps.items():
+            taken[name].append(float(np.median(paired_ms({name: step}, runs, RUNS_LEFT_OUT)[name])))
     return Turns({name: np.array(values) for name, values in taken.items()})
 
 

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import onnx
 
-from benchmarks.edge.encoders import ENCODERS, ROI_PX, THREADS, frames, in_turns, inspector_of, run_of
+from benchmarks.edge.encoders import ENCODERS, ROI_PX, THREADS, frames, in_turns_of, inspector_of, run_of
 from benchmarks.table import show_table
 from edge_dkm.inspector import FETCHED, Inspector, Runtime
 from exporters.export import ExportOptions
@@ -24,7 +24,7 @@ from exporters.own_images import find_own_images
 from exporters.quantize import quantize_encoder
 from trainer import Run
 
-ROUNDS = 200
+ROUNDS, RUNS = 30, 15
 ASKED = {"ResNet-18": 2.3, "SqueezeNet": 1.7}
 
 
@@ -70,10 +70,10 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as folder:
             both = pair(name, Path(folder))
         models = {"fp32": both.fp32, "int8": both.int8}
-        turns = in_turns({key: lambda m=model: m.run(image, FETCHED) for key, model in models.items()}, rounds)
+        turns = in_turns_of(RUNS, {key: lambda m=model: m.run(image, FETCHED) for key, model in models.items()}, rounds)
         ratio = turns.ratio("fp32", "int8")
         rows.append([name, turns.median("fp32"), turns.median("int8"), ratio, f">= {ASKED[name]}", both.verdict])
-    title = f"whole graph, ROI 448x448, median of {rounds} rounds, two threads"
+    title = f"whole graph, ROI 448x448, {rounds} rounds of {RUNS} runs, two threads"
     show_table(title, ["network", "fp32, ms", "int8, ms", "times faster", "asked", "the exporter"], rows)
 
 

@@ -2,7 +2,7 @@
 
 Both begin with a 448x448 BGR frame and end with a cluster id; ours has the novelty, the p-value and all distances besides. Theirs:
 cv2.resize (INTER_AREA) to 224, BGR to RGB, ImageNet's normalisation, the encoder in eager mode under inference_mode, the features to
-numpy, KMeans.predict (K = 8). Two threads each, the three in turns.
+numpy, KMeans.predict (K = 8). Two threads each, the three in turns of some runs.
 
 python -m benchmarks.edge.people [--rounds N]
 """
@@ -21,12 +21,12 @@ import torch
 from sklearn.cluster import KMeans
 from threadpoolctl import threadpool_limits
 
-from benchmarks.edge.encoders import ROI_PX, SIDE_PX, THREADS, frames, in_turns
+from benchmarks.edge.encoders import ROI_PX, SIDE_PX, THREADS, frames, in_turns_of
 from benchmarks.edge.int8 import pair
 from benchmarks.table import show_table
 from trainer import Run, load_run
 
-ROUNDS = 200
+ROUNDS, RUNS = 30, 15
 ASKED = {"Inspector fp32": "2.5; moonshot 3", "Inspector int8": "4.5; moonshot 6"}
 THEIRS = "OpenCV, PyTorch, scikit-learn"
 MEAN, STD = (np.array(v, np.float32) for v in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
@@ -62,10 +62,10 @@ def main() -> None:
     steps: dict[str, Callable[[], object]] = {THEIRS: lambda: theirs(next(images))}
     steps |= {name: lambda m=model: m.inspect(next(images)) for name, model in ours.items()}
     with threadpool_limits(THREADS):
-        turns = in_turns(steps, rounds)
+        turns = in_turns_of(RUNS, steps, rounds)
     rows: list[list[object]] = [[THEIRS, turns.median(THEIRS), 1.0, ""]]
     rows += [[step, turns.median(step), turns.ratio(THEIRS, step), f">= {ASKED[step]}"] for step in ours]
-    title = f"SqueezeNet, 448x448 BGR frame to cluster, median of {rounds} rounds, two threads"
+    title = f"SqueezeNet, 448x448 BGR frame to cluster, {rounds} rounds of {RUNS} runs, two threads"
     print(f"\nint8 graph {both.verdict}")
     show_table(title, ["way", "ms", "times faster", "asked"], rows)
 
