@@ -18,13 +18,14 @@ def squared_distances(z: Tensor, mu: Tensor) -> Tensor:
     return (z[:, None, :] - mu).square().sum(-1)
 
 
-def squared_distances_matmul(z: Tensor, mu: Tensor, centre: Tensor) -> Tensor:
+def squared_distances_matmul(z: Tensor, mu: Tensor, centre: Tensor | None) -> Tensor:
     """d2: (B, K) by one matrix product, clamped at 0.
 
     Args:
-        centre: (D,) a constant near the data, so that the three terms are small and cancel less.
+        centre: (D,) a constant near the data, so that the three terms are small and cancel less; None where the data lie around the origin.
     """
-    z, mu = z - centre, mu - centre
+    if centre is not None:
+        z, mu = z - centre, mu - centre
     d2 = z.square().sum(1, keepdim=True) - 2 * (z @ mu.T) + mu.square().sum(1)
     return d2.clamp_min(0.0)
 

@@ -270,17 +270,21 @@ def test_nothing_is_written_where_the_golden_images_are_missing(copied_run: Path
     assert not list(tmp_path.glob("part*"))
 
 
-def test_many_centroids_use_the_matrix_product_and_stay_exact(tiny_run_folder: Path) -> None:
+@pytest.mark.parametrize(("offset", "moves"), [(100.0, 2), (0.0, 0)])
+def test_many_centroids_use_the_matrix_product_and_stay_exact_and_are_moved_only_where_they_lie_far_from_the_origin(
+    tiny_run_folder: Path, offset: float, moves: int
+) -> None:
     run = load_run(tiny_run_folder)
     model = run.model
     d = model.projection.out_dim
     k = DIRECT_LIMIT // d + 8
     generator = torch.Generator().manual_seed(0)
-    model.centroids = torch.nn.Parameter(100 + torch.randn(k, d, generator=generator))
+    model.centroids = torch.nn.Parameter(offset + torch.randn(k, d, generator=generator))
     model.cluster_mean, model.cluster_radius = model.centroids.detach().clone(), torch.ones(k)
     fused = FusedModel(model.eval())
     proto = trace(fused, None)
     assert "MatMul" in {node.op_type for node in proto.graph.node}
+    assert sum(node.op_type == "Sub" and "centre" in node.input[1] for node in proto.graph.node) == moves
     options = ort.SessionOptions()
     options.log_severity_level = 3
     s = ort.InferenceSession(proto.SerializeToString(), options, providers=["CPUExecutionProvider"])
