@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+OPENMP = ("libgomp*.so*", "libiomp*.so*", "libomp*.so*")  # GNU's, Intel's, LLVM's
 PAUSE_SOFT = 1  # omp_pause_soft of OpenMP 5.0: the threads end, settings stay
 
 
@@ -41,7 +42,8 @@ def _switch(before: bool, after: bool) -> None:
 @functools.cache
 def _openmp() -> Any:
     """The OpenMP library that came with PyTorch, or None."""
-    for path in sorted((Path(torch.__file__).parent / "lib").glob("lib*omp*.so*")):
+    folder = Path(torch.__file__).parent / "lib"
+    for path in (path for pattern in OPENMP for path in folder.glob(pattern)):
         with contextlib.suppress(OSError):
             library = ctypes.CDLL(str(path))
             if hasattr(library, "omp_pause_resource_all"):

@@ -33,9 +33,8 @@ from tests.faults.proxy import HALF_OPEN, Fault, Proxy
 from tests.waiting import wait_until
 
 POLL_S = 0.01
-HELD_BYTES = (
-    40 * 4
-)  # the answers to 40 results: the broker sends 20 to a consumer that stands still, and keeps the others
+# The answers to 40 results: the broker sends 20 to a consumer that stands still, and keeps the others.
+HELD_BYTES = 40 * 4
 SETTLE_S = 240.0  # for what waits to be delivered and asked for again, at the end
 FAULTS = (
     Fault(latency_s=0.05),

@@ -28,6 +28,12 @@ def tenth_of_the_smallest() -> float:
     return float((torch.tensor(1e-38) * 0.1).double())
 
 
+def share_of_zeros() -> float:
+    """Of the tenths of many numbers, each too small, half of which another thread computes; counted as integers, which no flag rounds."""
+    tenths = torch.full((MANY,), 2e-38) * 0.1
+    return float((tenths.view(torch.int32) == 0).double().mean())
+
+
 def test_denormals_are_zero_inside_and_as_they_were_outside() -> None:
     assert tenth_of_the_smallest() > 0
     with denormals_as_zero():
@@ -36,12 +42,6 @@ def test_denormals_are_zero_inside_and_as_they_were_outside() -> None:
             pass
         assert tenth_of_the_smallest() == 0
     assert tenth_of_the_smallest() > 0
-
-
-def share_of_zeros() -> float:
-    """Of the tenths of many numbers, each too small, half of which another thread computes; counted as integers, which no flag rounds."""
-    tenths = torch.full((MANY,), 2e-38) * 0.1
-    return float((tenths.view(torch.int32) == 0).double().mean())
 
 
 @pytest.mark.skipif(denormals._openmp() is None, reason="this PyTorch has another OpenMP")
