@@ -105,11 +105,12 @@ class DKM(TrainedMethod):
             return EpochReport({"alpha": self.alpha, **self.convergence.figures})
         z, mu = self.learner.all_latents(), self.learner.model.centroids
         self.convergence.check(z)
-        d2 = nearest(z, mu)[1]
+        labels, d2 = nearest(z, mu)
         self.sharpness = self.alpha * d2.median()
         moved = 0 if epoch + 1 == self.epochs else self._repair(z, d2)  # after the last epoch nothing would train it
         if self.settings.alpha != "annealed" or (epoch + 1) * 2 > self.epochs:
-            self.convergence.look(nearest(z, mu)[0], z, mu, (epoch + 1) * self.steps_per_epoch)
+            labels = nearest(z, mu)[0] if moved else labels
+            self.convergence.look(labels, z, mu, (epoch + 1) * self.steps_per_epoch)
         return EpochReport(
             {"alpha": self.alpha, "sharpness": float(self.sharpness), "moved": float(moved), **self.convergence.figures}
         )
