@@ -27,6 +27,7 @@ from trainer.trials import fit_or_reuse, load_base
 SETS = {"mnist": "mnist.npz", "usps": "usps.npz", "fashion": "fashion_mnist.npz", "imbalanced": "mnist.npz"}
 DEC_DA = "augment={shift: 0.1, rotate_deg: 10}"  # DEC-DA's own, not tuned here
 CONV, ADAM = "encoder={name: conv, dim: 10}", "pretrain={epochs: 200}"  # DEKM's own autoencoder
+SPECTRAL = "method.init=spectral"
 USPS_T = "method.refresh_steps=30"  # Guo's T for USPS, whose epoch has 37 steps; 140 is MNIST's
 
 
@@ -60,6 +61,12 @@ ROWS = {
         for alpha in (0.5, 1.0, 2.0, 5.0)
         for init in ("kmeans", "random")
     },
+    **{
+        f"{name}_spectral": Row(f"mnist_{name}", (SPECTRAL,))
+        for name in ("dec", "idec", "dcn", "dkm", "dekm", "centering")
+    },
+    "dec_da_spectral": Row("mnist_dec", (DEC_DA, SPECTRAL)),
+    "idec_da_spectral": Row("mnist_idec", (DEC_DA, SPECTRAL)),
     **{
         f"dec_lr{lr:g}_t{steps}": Row("mnist_dec", (f"method.optimizer.lr={lr}", f"method.refresh_steps={steps}"))
         for lr in (0.003, 0.01, 0.03)

@@ -21,20 +21,18 @@ from trainer.convergence import Convergence
 from trainer.distance import nearest, squared_distances
 from trainer.learner import Learner
 from trainer.methods.dkm import soft_kmeans_loss
-from trainer.methods.staged import StagedSettings
-from trainer.methods.trained import TrainedMethod
+from trainer.methods.trained import TrainedMethod, TrainedSettings
 from trainer.stage import EpochReport, OptimizerSettings
 
 
-class CenteringSettings(StagedSettings):
-    """`init: random` starts from random samples; `restarts` k-means runs from new seeds at each epoch's end beside the warm one."""
+class CenteringSettings(TrainedSettings):
+    """`restarts` k-means runs from new seeds at each epoch's end beside the warm one."""
 
     name: Literal["centering"] = "centering"
     epochs: int = Field(100, ge=1)
     alpha: float = Field(2.0, gt=0)
     ct_weight: float = Field(1.0, gt=0)
     assignment: Literal["soft", "hard"] = "soft"
-    init: Literal["kmeans", "random"] = "kmeans"
     algorithm: Algorithm = "kmeans"
     restarts: int = Field(10, ge=0)
     tol: float = Field(0.001, ge=0, lt=1)
@@ -53,16 +51,6 @@ class Centering(TrainedMethod):
         super().__init__(settings, learner, batch_size)
         self.epochs = settings.epochs
         self.convergence = Convergence(len(learner), settings.n_clusters, settings.tol, self.steps_per_epoch)
-
-    @torch.no_grad()
-    def init_centroids(self) -> None:
-        """By k-means, or K random samples."""
-        if self.settings.init == "kmeans":
-            super().init_centroids()
-            return
-        generator = torch.Generator().manual_seed(self.learner.seed)
-        chosen = torch.randperm(len(self.learner), generator=generator)[: self.settings.n_clusters]
-        self.learner.model.centroids.copy_(self.learner.all_latents()[chosen.to(self.learner.device)])
 
     def loss(self, index: Tensor) -> Tensor:
         """Reconstruction and centering; no gradient reaches the centroids."""

@@ -23,12 +23,11 @@ from trainer.clustering.mini_batch import updated
 from trainer.convergence import Convergence
 from trainer.distance import nearest
 from trainer.learner import Learner
-from trainer.methods.staged import StagedSettings
-from trainer.methods.trained import TrainedMethod
+from trainer.methods.trained import TrainedMethod, TrainedSettings
 from trainer.stage import EpochReport, OptimizerSettings
 
 
-class DCNSettings(StagedSettings):
+class DCNSettings(TrainedSettings):
     """`clustering_weight` is the paper's lambda; `initial_count` how slowly centroids move at first."""
 
     name: Literal["dcn"] = "dcn"

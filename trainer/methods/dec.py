@@ -21,12 +21,11 @@ from trainer.convergence import Convergence
 from trainer.distance import nearest, squared_distances
 from trainer.learner import Learner
 from trainer.methods.base import MethodSettings
-from trainer.methods.staged import StagedSettings
-from trainer.methods.trained import TrainedMethod
+from trainer.methods.trained import TrainedMethod, TrainedSettings
 from trainer.stage import OptimizerSettings
 
 
-class SelfTrainingSettings(StagedSettings):
+class SelfTrainingSettings(TrainedSettings):
     """What dec and idec share. `t_dof` is the paper's alpha, `refresh_steps` its T (None: half an epoch).
 
     `length_scale: auto` is the root mean squared distance to the own centroid at the start.

@@ -20,12 +20,11 @@ from trainer.clustering.recluster import recluster
 from trainer.convergence import Convergence
 from trainer.distance import nearest
 from trainer.learner import Learner
-from trainer.methods.staged import StagedSettings
-from trainer.methods.trained import TrainedMethod
+from trainer.methods.trained import TrainedMethod, TrainedSettings
 from trainer.stage import OptimizerSettings
 
 
-class DEKMSettings(StagedSettings):
+class DEKMSettings(TrainedSettings):
     """`refresh_steps` between two k-means; `restarts` of it from new seeds beside the one from the last centroids."""
 
     name: Literal["dekm"] = "dekm"

@@ -24,8 +24,7 @@ from trainer.convergence import Convergence
 from trainer.distance import nearest, squared_distances
 from trainer.guards import MIN_CENTRE_SHARE
 from trainer.learner import Learner
-from trainer.methods.staged import StagedSettings
-from trainer.methods.trained import TrainedMethod
+from trainer.methods.trained import TrainedMethod, TrainedSettings
 from trainer.stage import EpochReport, OptimizerSettings
 
 FIRST_ALPHA, ANNEALED_ALPHAS = 0.1, 40
@@ -33,7 +32,7 @@ MIN_SHARPNESS = 3.0  # a centroid twice as far (squared) as the nearest then has
 MIN_SHARE = 0.5  # samples, of the whole set: a centroid with less gets no gradient worth the name
 
 
-class DKMSettings(StagedSettings):
+class DKMSettings(TrainedSettings):
     """`clustering_weight` is the paper's lambda, of sum-reduced losses.
 
     `epochs_per_alpha` of each value; a fixed alpha counts as `rounds` values. `scale_alpha` divides alpha by the median squared
@@ -42,7 +41,6 @@ class DKMSettings(StagedSettings):
 
     name: Literal["dkm"] = "dkm"
     alpha: Annotated[float, Field(ge=0)] | Literal["annealed"] = 1000.0
-    init: Literal["kmeans", "uniform"] = "kmeans"
     rounds: int = Field(20, ge=1)
     epochs_per_alpha: int = Field(5, ge=1)
     clustering_weight: float = Field(1.0, gt=0)
@@ -66,16 +64,6 @@ class DKM(TrainedMethod):
         self.epochs = len(self.alphas) * settings.epochs_per_alpha
         self.convergence = Convergence(len(learner), settings.n_clusters, 0.0, self.steps_per_epoch)
         self.unit, self.sharpness, self.epoch = torch.tensor(1.0), torch.tensor(torch.inf), 0
-
-    @torch.no_grad()
-    def init_centroids(self) -> None:
-        """By k-means, or uniform in [-1, 1] as the annealed mode has it."""
-        if self.settings.init == "kmeans":
-            super().init_centroids()
-            return
-        mu = self.learner.model.centroids
-        generator = torch.Generator().manual_seed(self.learner.seed)
-        mu.copy_(torch.rand(mu.shape, generator=generator) * 2 - 1)
 
     def start(self, z: Tensor) -> None:
         """The unit of alpha."""

@@ -1,0 +1,82 @@
+"""Normalised cuts of the graph of shared nearest neighbours: an assignment whose clusters may have any shape.
+
+Sources: Shi and Malik, "Normalized cuts and image segmentation", 2000, of K parts (the objective); Ng, Jordan, Weiss, "On spectral
+clustering", NIPS 2001 (the relaxation: rows of the leading eigenvectors of D^-1/2 W D^-1/2, of unit length, and k-means).
+
+    cut = sum_k (1 - w_kk / w_k),   w_kk: weight inside cluster k, w_k: weight that ends in it; 0 where no edge leaves a cluster, K - 1 at random
+
+Differs from them: W is the symmetric part of clustering/smoothing.py's weights; k-means runs on K, K + 1 ... 2 K eigenvectors, and the
+assignment of the smallest cut is kept. With just K of them, one that separates a handful of outliers leaves two clusters joined.
+`init: spectral` starts a method from it, since k-means does not see that two clusters in the embedding of an autoencoder are bent.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from scipy.sparse import csr_array, diags_array
+from scipy.sparse.linalg import eigsh
+from torch import Tensor
+
+from trainer.clustering.kmeans import KMeansOptions, kmeans
+from trainer.clustering.smoothing import SmoothingOptions, neighbours, shared_neighbour_weights
+
+DENSE = 1000  # points up to which all eigenvectors are computed: Lanczos needs fewer than there are points
+COUNTS = 11  # numbers of eigenvectors that are tried, spread from K to 2 K
+TOLERANCE = 1e-4  # of an eigenvalue; rows of eigenvectors only go into k-means
+Graph = SmoothingOptions()  # its neighbours and min_jaccard
+
+Labels = NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Cut:
+    """`labels` (N,), their normalised `cut`, and how many `eigenvectors` gave it."""
+
+    labels: Tensor
+    cut: float
+    eigenvectors: int
+
+
+def spectral_clustering(z: Tensor, n_clusters: int, seed: int, n_init: int = 20) -> Cut:
+    """Assigns z (N, D), N > n_clusters, by the smallest normalised cut that was found; N^2 similarities are computed, in pieces."""
+    weights = symmetric_graph(z)
+    vectors = leading_eigenvectors(weights, min(2 * n_clusters, len(z)), seed)
+    tried = []
+    for count in sorted(set(np.linspace(n_clusters, vectors.shape[1], COUNTS).round().astype(int).tolist())):
+        rows = torch.nn.functional.normalize(torch.from_numpy(np.ascontiguousarray(vectors[:, :count])).float(), dim=1)
+        labels = kmeans(rows, n_clusters, seed, KMeansOptions(n_init=n_init)).labels
+        tried.append(Cut(labels.to(z.device), normalised_cut(weights, labels.numpy(), n_clusters), count))
+    return min(tried, key=lambda found: found.cut)
+
+
+def symmetric_graph(z: Tensor) -> csr_array:
+    """Weights (N, N) between points z (N, D) that share neighbours by cosine; every point has one to itself."""
+    points = torch.nn.functional.normalize(z.detach().float(), dim=1)
+    members = neighbours(points, points, Graph.neighbours)
+    weights = shared_neighbour_weights(members, members, Graph.min_jaccard)
+    return csr_array((weights + weights.T) / 2)
+
+
+def leading_eigenvectors(weights: csr_array, count: int, seed: int) -> NDArray[np.float64]:
+    """The `count` eigenvectors (N, count) of D^-1/2 W D^-1/2 with the largest eigenvalues, the largest first."""
+    scale = diags_array(1 / np.sqrt(np.asarray(weights.sum(1), np.float64)))
+    scaled = csr_array(scale @ weights @ scale)
+    n = scaled.shape[0]
+    if n <= DENSE:
+        vectors = np.linalg.eigh(scaled.toarray())[1]
+    else:
+        start = np.random.default_rng(seed).random(n)  # else Lanczos draws one that no seed fixes
+        vectors = eigsh(scaled, k=count, which="LA", tol=TOLERANCE, v0=start)[1]
+    return np.asarray(vectors[:, ::-1][:, :count])
+
+
+def normalised_cut(weights: csr_array, labels: Labels, n_clusters: int) -> float:
+    """`cut` of labels (N,); a cluster without points counts as wholly cut."""
+    member = np.eye(n_clusters)[labels]
+    inside = np.einsum("nk,nk->k", member, weights @ member)
+    ends = member.T @ np.asarray(weights.sum(1))
+    return float((1 - np.divide(inside, ends, out=np.zeros(n_clusters), where=ends > 0)).sum())
