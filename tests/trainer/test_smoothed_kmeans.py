@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from tests.trainer.embeddings import strips
 from trainer.clustering.boundary import fit_boundary
 from trainer.clustering.kmeans import KMeansOptions, cluster_means, kmeans
 from trainer.clustering.smoothing import SmoothingOptions, extend, neighbours, shared_neighbour_weights, smooth
@@ -20,15 +21,6 @@ from trainer.metric import score_labels
 
 def on_circle(*degrees: float) -> Tensor:
     return torch.tensor([[math.cos(math.radians(a)), math.sin(math.radians(a))] for a in degrees])
-
-
-def strips(each: int = 150) -> tuple[Tensor, Tensor]:
-    """Two long strips side by side on the sphere, 100 degrees long and 28 apart: k-means cuts both across."""
-    generator = torch.Generator().manual_seed(0)
-    truth = torch.arange(2 * each) % 2
-    along = (torch.rand(2 * each, generator=generator) - 0.5) * math.radians(100)
-    across = (truth * 2 - 1) * math.radians(14) + 0.03 * torch.randn(2 * each, generator=generator)
-    return torch.stack([along.cos() * across.cos(), along.sin() * across.cos(), across.sin()], 1), truth
 
 
 def blobs(k: int = 4, each: int = 60, spread: float = 0.3) -> tuple[Tensor, Tensor]:

@@ -12,21 +12,22 @@ assignment of the smallest cut is kept. With just K of them, one that separates 
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from scipy.sparse import csr_array, diags_array
-from scipy.sparse.linalg import eigsh
+from scipy.sparse.linalg import lobpcg
 from torch import Tensor
 
 from trainer.clustering.kmeans import KMeansOptions, kmeans
 from trainer.clustering.smoothing import SmoothingOptions, neighbours, shared_neighbour_weights
 
-DENSE = 1000  # points up to which all eigenvectors are computed: Lanczos needs fewer than there are points
+DENSE = 1000  # points up to which all eigenvectors are computed
 COUNTS = 11  # numbers of eigenvectors that are tried, spread from K to 2 K
-TOLERANCE = 1e-4  # of an eigenvalue; rows of eigenvectors only go into k-means
+TOLERANCE, MAX_ITERATIONS = 1e-3, 300  # of an eigenvector's residual; their rows only go into k-means, and the cut has the last word
 Graph = SmoothingOptions()  # its neighbours and min_jaccard
 
 Labels = NDArray[np.int64]
@@ -66,12 +67,14 @@ def leading_eigenvectors(weights: csr_array, count: int, seed: int) -> NDArray[n
     scale = diags_array(1 / np.sqrt(np.asarray(weights.sum(1), np.float64)))
     scaled = csr_array(scale @ weights @ scale)
     n = scaled.shape[0]
-    if n <= DENSE:
-        vectors = np.linalg.eigh(scaled.toarray())[1]
+    if n <= max(DENSE, 5 * count):  # what lobpcg needs
+        values, vectors = np.linalg.eigh(scaled.toarray())
     else:
-        start = np.random.default_rng(seed).random(n)  # else Lanczos draws one that no seed fixes
-        vectors = eigsh(scaled, k=count, which="LA", tol=TOLERANCE, v0=start)[1]
-    return np.asarray(vectors[:, ::-1][:, :count])
+        # A block of vectors, since Lanczos misses some of the equal eigenvalues of a graph that falls into parts.
+        start = np.random.default_rng(seed).random((n, count))
+        with warnings.catch_warnings(action="ignore", category=UserWarning):  # that some are less exact
+            values, vectors = lobpcg(scaled, start, largest=True, tol=TOLERANCE, maxiter=MAX_ITERATIONS)
+    return np.asarray(vectors[:, np.argsort(-values)[:count]])
 
 
 def normalised_cut(weights: csr_array, labels: Labels, n_clusters: int) -> float:

@@ -1,0 +1,85 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from scipy.sparse import csr_array
+
+from tests.trainer.embeddings import strips
+from tests.trainer.learning import KINDS, blob_learner, warped_blobs
+from trainer.clustering import spectral
+from trainer.clustering.kmeans import KMeansOptions, kmeans
+from trainer.clustering.spectral import leading_eigenvectors, normalised_cut, spectral_clustering, symmetric_graph
+from trainer.distance import nearest
+from trainer.methods.dec import DEC, DECSettings
+from trainer.metric import score_labels
+
+
+def test_a_cut_by_hand() -> None:
+    # Two pairs of weight 3, joined by an edge of 1; every point has 1 to itself.
+    weights = csr_array(np.array([[1.0, 3, 0, 0], [3, 1, 1, 0], [0, 1, 1, 3], [0, 0, 3, 1]]))
+    assert normalised_cut(weights, np.array([0, 0, 1, 1]), 2) == pytest.approx(2 * (1 - 8 / 9))
+    assert normalised_cut(weights, np.array([0, 1, 0, 1]), 2) == pytest.approx((1 - 2 / 9) + (1 - 2 / 9))
+    assert normalised_cut(weights, np.zeros(4, np.int64), 2) == 1.0  # the empty cluster counts as wholly cut
+
+
+def test_eigenvectors_are_those_of_the_normalised_weights_by_hand() -> None:
+    weights = csr_array(np.array([[2.0, 2, 0], [2, 2, 0], [0, 0, 1]]))
+    found = leading_eigenvectors(weights, 2, 0)  # two parts without an edge between them: eigenvalue 1 twice
+    assert np.allclose(np.abs(found[:2] @ found[2]), 0, atol=1e-12)
+    assert np.allclose(found[0], found[1])
+
+
+def test_spectral_clustering_finds_strips_that_k_means_cuts() -> None:
+    z, truth = strips()
+    assert score_labels(truth.numpy(), kmeans(z, 2, 0).labels.numpy()).acc < 0.7  # control: there is something to gain
+    found = spectral_clustering(z, 2, 0)
+    assert score_labels(truth.numpy(), found.labels.numpy()).acc == 1.0
+    assert found.cut < 0.01
+
+
+def test_the_smallest_cut_of_all_numbers_of_eigenvectors_is_kept() -> None:
+    z = torch.randn(300, 4, generator=torch.Generator().manual_seed(0))  # no clusters: every number gives another cut
+    weights = symmetric_graph(z)
+    cuts = {}
+    for count in range(6, 13):
+        rows = torch.nn.functional.normalize(
+            torch.from_numpy(leading_eigenvectors(weights, 12, 0)[:, :count].copy()).float(), dim=1
+        )
+        cuts[count] = normalised_cut(weights, kmeans(rows, 6, 0, KMeansOptions(n_init=3)).labels.numpy(), 6)
+    found = spectral_clustering(z, 6, 0, n_init=3)
+    assert found.cut == pytest.approx(min(cuts.values()))
+    assert cuts[found.eigenvectors] == pytest.approx(found.cut)
+    assert max(cuts.values()) > found.cut  # control: they are not all alike
+
+
+def test_many_points_by_lobpcg_get_the_assignment_of_all_eigenvectors_and_the_same_one_again(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    images, _ = warped_blobs(per_kind=40)
+    z = torch.from_numpy(images.reshape(len(images), -1) - 127.5)
+    every = spectral_clustering(z, KINDS, 0)
+    monkeypatch.setattr(spectral, "DENSE", 10)
+    first, second = spectral_clustering(z, KINDS, 0), spectral_clustering(z, KINDS, 0)
+    assert torch.equal(first.labels, second.labels)
+    assert first.cut == second.cut
+    assert first.cut == pytest.approx(every.cut, abs=1e-9)
+    assert score_labels(every.labels.numpy(), first.labels.numpy()).acc == 1.0
+    assert every.cut == 0.0  # the graph falls into five parts: five equal eigenvalues, of which Lanczos misses some
+
+
+@pytest.mark.parametrize("at_most", [10**6, 60])
+def test_a_method_starts_from_centroids_that_reproduce_the_cut(at_most: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("trainer.methods.trained.MAX_GRAPH", at_most)
+    learner = blob_learner(per_kind=40)
+    method = DEC(DECSettings(n_clusters=KINDS, init="spectral"), learner, 16)
+    learner.model.centroids.data.zero_()
+    method.init_centroids()
+    z = learner.all_latents()
+    cut = spectral_clustering(z, KINDS, 0).labels
+    assert score_labels(cut.numpy(), nearest(z, learner.model.centroids)[0].numpy()).acc > 0.8
+
+
+def test_as_many_clusters_as_points_are_single_points() -> None:
+    z = torch.eye(4)
+    assert sorted(spectral_clustering(z, 4, 0).labels.tolist()) == [0, 1, 2, 3]
