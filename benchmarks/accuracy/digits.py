@@ -1,7 +1,8 @@
 """MNIST, USPS and Fashion-MNIST, fitted and scored on all images as in the papers: ACC, NMI, ARI and minutes of each method over seeds.
 
-Labels serve scoring only. All methods of a seed start from one autoencoder (`pretrain.cache` in --out), so rows are paired. Runs are
-kept in --out and not repeated: a table can grow over several calls, and `--tabulate` only prints what is there.
+Labels serve scoring only; `between seeds`, the mean ARI of each two seeds' answers, needs none: choose
+by it. All methods of a seed start from one autoencoder (`pretrain.cache` in --out), so rows are paired. Runs are kept in --out and not
+repeated: a table can grow over several calls, and `--tabulate` only prints what is there.
 
     python -m benchmarks.accuracy.digits --data usps --rows ae_kmeans dec idec --seeds 5
 """
@@ -9,15 +10,18 @@ kept in --out and not repeated: a table can grow over several calls, and `--tabu
 from __future__ import annotations
 
 import argparse
+import csv
 import json
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import combinations
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
 import numpy as np
+from sklearn.metrics import adjusted_rand_score
 
 from benchmarks.table import real_set, show_table
 from trainer.errors import CollapseError
@@ -111,7 +115,20 @@ def there(data: str, name: str, seed: int, out: Path) -> dict[str, Any] | None:
     return dict(json.loads(path.read_text())) if path.exists() else None
 
 
-def line(data: str, name: str, found: Sequence[dict[str, Any] | str]) -> list[object]:
+def between_seeds(data: str, name: str, seeds: Sequence[int], out: Path) -> str:
+    """Mean ARI of each two runs' clusters, "-" of a single one or of sets that were drawn by the seed."""
+    folders = [out / data / f"{name}-{seed}" for seed in seeds]
+    answers = []
+    for folder in folders:
+        with (folder / "assignments.csv").open(newline="", encoding="utf-8") as file:
+            answers.append([row["cluster"] for row in csv.DictReader(file)])
+    pairs = list(combinations(answers, 2))
+    if not pairs or data == "imbalanced":
+        return "-"
+    return f"{mean(adjusted_rand_score(a, b) for a, b in pairs):.3f}"
+
+
+def line(data: str, name: str, found: Sequence[dict[str, Any] | str], out: Path) -> list[object]:
     """One row of the table; a seed that a guard stopped is counted, not averaged."""
     runs = [info for info in found if not isinstance(info, str)]
     columns = [[info["metrics"][key] for info in runs] for key in ("acc", "nmi", "ari")]
@@ -119,10 +136,18 @@ def line(data: str, name: str, found: Sequence[dict[str, Any] | str]) -> list[ob
         (f"{mean(column):.3f}" + (f" +- {stdev(column):.3f}" if len(column) > 1 else "")) if column else "-"
         for column in columns
     ]
-    seeds = " ".join(str(info["train"]["seed"]) for info in runs)
+    fitted = [info["train"]["seed"] for info in runs]
+    seeds = " ".join(map(str, fitted))
     stopped = f", {len(found) - len(runs)} stopped by a guard" if len(runs) < len(found) else ""
     minutes = f"{mean(info['train']['minutes'] for info in runs):.1f}" if runs else "-"
-    return [name, dict(ROWS[name].published).get(data, ""), *cells, seeds + stopped, minutes]
+    return [
+        name,
+        dict(ROWS[name].published).get(data, ""),
+        *cells,
+        between_seeds(data, name, fitted, out),
+        seeds + stopped,
+        minutes,
+    ]
 
 
 def main() -> None:
@@ -148,9 +173,9 @@ def main() -> None:
             else:
                 found.append(measure(arguments.data, name, seed, arguments.out, arguments.overrides))
         if found:
-            table.append(line(arguments.data, name, found))
+            table.append(line(arguments.data, name, found, arguments.out))
     title = f"{arguments.data}: mean +- standard deviation over seeds; minutes are without a shared autoencoder's, once made"
-    show_table(title, ["row", "published ACC", "ACC", "NMI", "ARI", "seeds", "minutes"], table)
+    show_table(title, ["row", "published ACC", "ACC", "NMI", "ARI", "between seeds", "seeds", "minutes"], table)
 
 
 if __name__ == "__main__":

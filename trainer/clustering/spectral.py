@@ -27,7 +27,10 @@ from trainer.clustering.smoothing import SmoothingOptions, neighbours, shared_ne
 
 DENSE = 1000  # points up to which all eigenvectors are computed
 COUNTS = 11  # numbers of eigenvectors that are tried, spread from K to 2 K
-TOLERANCE, MAX_ITERATIONS = 1e-3, 300  # of an eigenvector's residual; their rows only go into k-means, and the cut has the last word
+TOLERANCE, MAX_ITERATIONS = (
+    1e-3,
+    300,
+)  # of an eigenvector's residual; their rows only go into k-means, and the cut has the last word
 Graph = SmoothingOptions()  # its neighbours and min_jaccard
 
 Labels = NDArray[np.int64]
