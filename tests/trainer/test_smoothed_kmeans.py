@@ -85,6 +85,14 @@ def test_large_sets_in_chunks_give_the_weights_of_one_piece(monkeypatch: pytest.
     assert np.array_equal(shared_neighbour_weights(marks, marks, 0.05).toarray(), whole)
 
 
+def test_frames_of_a_camera_that_hangs_are_one_point_of_the_graph() -> None:
+    z, _ = blobs()
+    alone, graph = smooth(z, SmoothingOptions()), smooth(torch.cat([z[:1].repeat(500, 1), z]), SmoothingOptions())
+    assert graph.members.shape == (len(z), len(z))  # else a weight for each of 500 x 500 pairs
+    assert np.allclose(graph.all_smoothed[500:], alone.all_smoothed, atol=1e-5)
+    assert np.array_equal(graph.all_smoothed[:500], graph.all_smoothed[500:501].repeat(500, 0))
+
+
 def test_smoothing_finds_strips_that_k_means_cuts() -> None:
     z, truth = strips()
     smoothed = torch.from_numpy(smooth(z, SmoothingOptions(steps=300, anchor=0.003)).smoothed)

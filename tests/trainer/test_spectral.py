@@ -11,6 +11,7 @@ from trainer.clustering import spectral
 from trainer.clustering.kmeans import KMeansOptions, kmeans
 from trainer.clustering.spectral import leading_eigenvectors, normalised_cut, spectral_clustering, symmetric_graph
 from trainer.distance import nearest
+from trainer.errors import DataError
 from trainer.methods.dec import DEC, DECSettings
 from trainer.metric import score_labels
 
@@ -40,7 +41,7 @@ def test_spectral_clustering_finds_strips_that_k_means_cuts() -> None:
 
 def test_the_smallest_cut_of_all_numbers_of_eigenvectors_is_kept() -> None:
     z = torch.randn(300, 4, generator=torch.Generator().manual_seed(0))  # no clusters: every number gives another cut
-    weights = symmetric_graph(z)
+    weights = symmetric_graph(torch.nn.functional.normalize(z, dim=1))
     cuts = {}
     for count in range(6, 13):
         rows = torch.nn.functional.normalize(
@@ -83,3 +84,17 @@ def test_a_method_starts_from_centroids_that_reproduce_the_cut(at_most: int, mon
 def test_as_many_clusters_as_points_are_single_points() -> None:
     z = torch.eye(4)
     assert sorted(spectral_clustering(z, 4, 0).labels.tolist()) == [0, 1, 2, 3]
+
+
+def test_frames_of_a_camera_that_hangs_change_no_cut() -> None:
+    z, _ = strips()
+    found = spectral_clustering(torch.cat([z, z[:1].repeat(500, 1)]), 2, 0)
+    alone = spectral_clustering(z, 2, 0)
+    assert found.cut == pytest.approx(alone.cut)
+    assert torch.equal(found.labels[:300], alone.labels)
+    assert torch.equal(found.labels[300:], alone.labels[:1].repeat(500))
+
+
+def test_more_clusters_than_different_images_are_refused() -> None:
+    with pytest.raises(DataError, match=r"n_clusters is 3, but the 40 images have only 2 different embeddings"):
+        spectral_clustering(torch.eye(2).repeat(20, 1), 3, 0)

@@ -8,6 +8,8 @@ rows sum to 1, and every step ends on the unit sphere.
     F_0 = z / |z|,   F <- L2(anchor F_0 + (1 - anchor) W F),   `steps` times
 
 It only moves the points of its graph; `extend` says where a point from outside would lie. Arrays are float32, rows of unit length.
+Points in one place are one point of the graph: as many points they would all have the same neighbours, and a weight for each pair of them
+(8,000 frames of a camera that hangs took 3 GB).
 """
 
 from __future__ import annotations
@@ -21,6 +23,8 @@ from scipy.sparse import csr_array, diags_array, vstack
 from torch import Tensor
 
 Rows = NDArray[np.float32]
+Index = NDArray[np.intp]
+SAME = 1e6  # coordinates of unit vectors that round to the same millionth are equal
 CHUNK = 1024  # rows of the similarity and shared-neighbour matrices at a time: 70,000 columns are 290 MB
 
 
@@ -36,24 +40,30 @@ class SmoothingOptions:
 
 @dataclass(frozen=True)
 class Smoothed:
-    """`original` and `smoothed` (N, D), `members` (N, N): row i marks the neighbours of i."""
+    """`original` and `smoothed` (M, D) of M distinct points, `members` (M, M): row i marks the neighbours of i; `place` (N,) of all points given."""
 
     original: Rows
     smoothed: Rows
     members: csr_array
     options: SmoothingOptions
+    place: Index
+
+    @property
+    def all_smoothed(self) -> Rows:
+        """(N, D), a row for every point given."""
+        return self.smoothed[self.place]
 
 
 def smooth(z: Tensor, options: SmoothingOptions) -> Smoothed:
     """Smooths z (N, D), of any length; fewer than `neighbours` points are all neighbours of each other."""
-    points = _unit(z)
+    points, place = distinct(z)
     members = neighbours(points, points, options.neighbours)
     weights = shared_neighbour_weights(members, members, options.min_jaccard)
     anchored = points.cpu().numpy()
     moved = anchored
     for _ in range(options.steps):
         moved = _step(anchored, weights, moved, options.anchor)
-    return Smoothed(anchored, moved, members, options)
+    return Smoothed(anchored, moved, members, options, place)
 
 
 def extend(graph: Smoothed, z: Tensor) -> Rows:
@@ -62,6 +72,16 @@ def extend(graph: Smoothed, z: Tensor) -> Rows:
     members = neighbours(queries, torch.from_numpy(graph.original).to(queries.device), graph.options.neighbours)
     weights = shared_neighbour_weights(members, graph.members, graph.options.min_jaccard)
     return _step(queries.cpu().numpy(), weights, graph.smoothed, graph.options.anchor)
+
+
+def distinct(z: Tensor) -> tuple[Tensor, Index]:
+    """Directions (M, D) of z (N, D) that differ by more than rounding, in the order of their first points; which of them each is (N,)."""
+    points = _unit(z)
+    digits = np.ascontiguousarray((points.double() * SAME).round().to(torch.int32).cpu().numpy())
+    keys = digits.view(np.dtype((np.void, digits[0].nbytes))).ravel()
+    _, first, found = np.unique(keys, return_index=True, return_inverse=True)
+    order = np.argsort(first)
+    return points[torch.from_numpy(first[order]).to(points.device)], np.argsort(order)[found]
 
 
 def neighbours(queries: Tensor, points: Tensor, count: int) -> csr_array:

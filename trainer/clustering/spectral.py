@@ -22,15 +22,13 @@ from scipy.sparse import csr_array, diags_array
 from scipy.sparse.linalg import lobpcg
 from torch import Tensor
 
-from trainer.clustering.kmeans import KMeansOptions, kmeans
-from trainer.clustering.smoothing import SmoothingOptions, neighbours, shared_neighbour_weights
+from trainer.clustering.kmeans import KMeansOptions, check_distinct, kmeans
+from trainer.clustering.smoothing import SmoothingOptions, distinct, neighbours, shared_neighbour_weights
 
 DENSE = 1000  # points up to which all eigenvectors are computed
 COUNTS = 11  # numbers of eigenvectors that are tried, spread from K to 2 K
-TOLERANCE, MAX_ITERATIONS = (
-    1e-3,
-    300,
-)  # of an eigenvector's residual; their rows only go into k-means, and the cut has the last word
+TOLERANCE = 1e-3  # of an eigenvector's residual: their rows only go into k-means, and the cut has the last word
+MAX_ITERATIONS = 300
 Graph = SmoothingOptions()  # its neighbours and min_jaccard
 
 Labels = NDArray[np.int64]
@@ -46,20 +44,25 @@ class Cut:
 
 
 def spectral_clustering(z: Tensor, n_clusters: int, seed: int, n_init: int = 20) -> Cut:
-    """Assigns z (N, D), N > n_clusters, by the smallest normalised cut that was found; N^2 similarities are computed, in pieces."""
-    weights = symmetric_graph(z)
-    vectors = leading_eigenvectors(weights, min(2 * n_clusters, len(z)), seed)
+    """Assigns z (N, D) by the smallest normalised cut that was found; N^2 similarities are computed, in pieces.
+
+    Raises:
+        DataError: fewer distinct points than clusters.
+    """
+    check_distinct(z, n_clusters)
+    points, place = distinct(z)
+    weights = symmetric_graph(points)
+    vectors = leading_eigenvectors(weights, min(2 * n_clusters, len(points)), seed)
     tried = []
     for count in sorted(set(np.linspace(n_clusters, vectors.shape[1], COUNTS).round().astype(int).tolist())):
         rows = torch.nn.functional.normalize(torch.from_numpy(np.ascontiguousarray(vectors[:, :count])).float(), dim=1)
         labels = kmeans(rows, n_clusters, seed, KMeansOptions(n_init=n_init)).labels
-        tried.append(Cut(labels.to(z.device), normalised_cut(weights, labels.numpy(), n_clusters), count))
+        tried.append(Cut(labels[place].to(z.device), normalised_cut(weights, labels.numpy(), n_clusters), count))
     return min(tried, key=lambda found: found.cut)
 
 
-def symmetric_graph(z: Tensor) -> csr_array:
-    """Weights (N, N) between points z (N, D) that share neighbours by cosine; every point has one to itself."""
-    points = torch.nn.functional.normalize(z.detach().float(), dim=1)
+def symmetric_graph(points: Tensor) -> csr_array:
+    """Weights (N, N) between distinct points (N, D) of unit length that share neighbours; every point has one to itself."""
     members = neighbours(points, points, Graph.neighbours)
     weights = shared_neighbour_weights(members, members, Graph.min_jaccard)
     return csr_array((weights + weights.T) / 2)

@@ -91,7 +91,7 @@ class SmoothedKMeans(Method):
         options = self.settings
         graph = smooth(z, SmoothingOptions(options.neighbours, options.min_jaccard, options.steps, options.anchor))
         found = kmeans(
-            torch.from_numpy(graph.smoothed),
+            torch.from_numpy(graph.all_smoothed),
             options.n_clusters,
             self.learner.seed,
             KMeansOptions(n_init=options.n_init),
