@@ -40,7 +40,7 @@ CONV = "{name: conv, channels: [4, 6, 8], dim: 5}"
 SGD = "optimizer: {kind: sgd, lr: 0.01}"
 SHORT = {
     "dec": "epochs: 1, refresh_steps: 2",
-    "idec": "epochs: 1",
+    "idec": "epochs: 1, init: spectral",
     "dcn": "epochs: 1",
     "dkm": "rounds: 1, epochs_per_alpha: 1",
     "centering": "epochs: 1, restarts: 1",
