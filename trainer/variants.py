@@ -148,15 +148,15 @@ def expand(bases: Sequence[TrainSettings], methods: Sequence[str], space: Space,
     """
     found: dict[str, Variant] = {}
     used: set[str] = set()
-    for base in bases:
-        for name in methods or [base.method.name]:
-            settings = with_method(base, name)
-            own = {key: values for key, values in (space or _built_in(search)).items() if _has(settings, key)}
-            used |= set(own)
-            for point in _points(own, search):
-                label = ", ".join([name, *(f"{key.split('.', 1)[-1]}={value}" for key, value in point.items())])
-                variant = Variant(label, changed(settings, point, "--grid"))
-                found.setdefault(json.dumps(variant.settings.plain(), sort_keys=True), variant)
+    rows = [(name, with_method(base, name)) for base in bases for name in methods or [base.method.name]]
+    for name, settings in rows:
+        own = {key: values for key, values in (space or _built_in(search)).items() if _has(settings, key)}
+        used |= set(own)
+        own = {key: taken for key, values in own.items() if (taken := _own_values(settings, key, values, rows))}
+        for point in _points(own, search):
+            label = ", ".join([name, *(f"{key.split('.', 1)[-1]}={value}" for key, value in point.items())])
+            variant = Variant(label, changed(settings, point, "--grid"))
+            found.setdefault(json.dumps(variant.settings.plain(), sort_keys=True), variant)
     unused = sorted(set(space) - used)
     if unused:
         raise ConfigError([f"--grid {unused[0]}: no method of this sweep has such a setting"])
@@ -176,6 +176,24 @@ def _has(settings: TrainSettings, key: str) -> bool:
             return False
         section = section[part]
     return True
+
+
+def _own_values(
+    settings: TrainSettings, key: str, values: Range | Sequence[Any], rows: Sequence[tuple[str, TrainSettings]]
+) -> Range | list[Any]:
+    """Those that this method takes; one that no method of the sweep takes stays, for its error to be seen."""
+    if isinstance(values, Range):
+        return values
+    known = [value for value in values if any(_takes(other, key, value) for _, other in rows)]
+    return [value for value in values if value not in known or _takes(settings, key, value)]
+
+
+def _takes(settings: TrainSettings, key: str, value: Any) -> bool:
+    try:
+        changed(settings, {key: value}, "--grid")
+    except ConfigError:
+        return False
+    return _has(settings, key)
 
 
 def _points(space: Space, search: int | None) -> Iterator[dict[str, Any]]:

@@ -117,15 +117,13 @@ def there(data: str, name: str, seed: int, out: Path) -> dict[str, Any] | None:
 
 def between_seeds(data: str, name: str, seeds: Sequence[int], out: Path) -> str:
     """Mean ARI of each two runs' clusters, "-" of a single one or of sets that were drawn by the seed."""
-    folders = [out / data / f"{name}-{seed}" for seed in seeds]
-    answers = []
-    for folder in folders:
-        with (folder / "assignments.csv").open(newline="", encoding="utf-8") as file:
-            answers.append([row["cluster"] for row in csv.DictReader(file)])
-    pairs = list(combinations(answers, 2))
-    if not pairs or data == "imbalanced":
+    if len(seeds) < 2 or data == "imbalanced":
         return "-"
-    return f"{mean(adjusted_rand_score(a, b) for a, b in pairs):.3f}"
+    answers = []
+    for seed in seeds:
+        with (out / data / f"{name}-{seed}" / "assignments.csv").open(newline="", encoding="utf-8") as file:
+            answers.append([row["cluster"] for row in csv.DictReader(file)])
+    return f"{mean(adjusted_rand_score(a, b) for a, b in combinations(answers, 2)):.3f}"
 
 
 def line(data: str, name: str, found: Sequence[dict[str, Any] | str], out: Path) -> list[object]:

@@ -4,14 +4,15 @@ import numpy as np
 import pytest
 import torch
 from scipy.sparse import csr_array
+from torch import Tensor
 
 from tests.trainer.embeddings import strips
 from tests.trainer.learning import KINDS, blob_learner, warped_blobs
 from trainer.clustering import spectral
 from trainer.clustering.kmeans import KMeansOptions, kmeans
-from trainer.clustering.spectral import leading_eigenvectors, normalised_cut, spectral_clustering, symmetric_graph
-from trainer.distance import nearest
-from trainer.errors import DataError
+from trainer.clustering.spectral import leading_eigenvectors, neighbour_graph, normalised_cut, spectral_clustering
+from trainer.distance import nearest, squared_distances
+from trainer.errors import CollapseError, DataError
 from trainer.methods.dec import DEC, DECSettings
 from trainer.metric import score_labels
 
@@ -41,7 +42,7 @@ def test_spectral_clustering_finds_strips_that_k_means_cuts() -> None:
 
 def test_the_smallest_cut_of_all_numbers_of_eigenvectors_is_kept() -> None:
     z = torch.randn(300, 4, generator=torch.Generator().manual_seed(0))  # no clusters: every number gives another cut
-    weights = symmetric_graph(torch.nn.functional.normalize(z, dim=1))
+    weights = neighbour_graph(z, 6)
     cuts = {}
     for count in range(6, 13):
         rows = torch.nn.functional.normalize(
@@ -69,16 +70,83 @@ def test_many_points_by_lobpcg_get_the_assignment_of_all_eigenvectors_and_the_sa
     assert every.cut == 0.0  # the graph falls into five parts: five equal eigenvalues, of which Lanczos misses some
 
 
-@pytest.mark.parametrize("at_most", [10**6, 60])
-def test_a_method_starts_from_centroids_that_reproduce_the_cut(at_most: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("trainer.methods.trained.MAX_GRAPH", at_most)
-    learner = blob_learner(per_kind=40)
-    method = DEC(DECSettings(n_clusters=KINDS, init="spectral"), learner, 16)
-    learner.model.centroids.data.zero_()
+@pytest.mark.parametrize("frames", [10, 20, 40])
+def test_bursts_of_alike_frames_are_no_clusters_of_their_own(frames: int) -> None:
+    # Four kinds of ten parts, each filmed in many frames that differ by noise alone: 15 neighbours of a frame are all of its own part.
+    z, truth = bursts(frames)
+    found = spectral_clustering(z, 4, 0)
+    assert score_labels(truth.numpy(), found.labels.numpy()).acc == 1.0
+
+
+def test_bursts_too_long_for_the_graph_are_refused_with_what_to_do() -> None:
+    z, _ = bursts(130)
+    with pytest.raises(
+        DataError, match=r"init is spectral, but the embeddings fall into 40 groups.*n_clusters, 4: .*data\.every"
+    ):
+        spectral_clustering(z, 4, 0)
+
+
+def bursts(frames: int) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    parts = 10 * torch.eye(4).repeat_interleave(10, 0) + torch.randn(40, 4, generator=generator)
+    noise = 0.001 * torch.randn(40 * frames, 4, generator=generator)
+    return parts.repeat_interleave(frames, 0) + noise, torch.arange(4).repeat_interleave(10 * frames)
+
+
+@pytest.mark.parametrize(("kinds", "each"), [(2, 4), (2, 8), (5, 3), (10, 4)])
+def test_few_images_are_enough(kinds: int, each: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    z = 10 * torch.eye(kinds).repeat_interleave(each, 0) + torch.randn(kinds * each, kinds, generator=generator)
+    truth = torch.arange(kinds).repeat_interleave(each)
+    assert score_labels(truth.numpy(), spectral_clustering(z, kinds, 0).labels.numpy()).acc == 1.0
+
+
+def test_an_embedding_of_one_dimension_has_clusters_too() -> None:
+    z = torch.arange(5.0).repeat_interleave(40)[:, None] + 0.01 * torch.rand(
+        200, 1, generator=torch.Generator().manual_seed(0)
+    )
+    truth = torch.arange(5).repeat_interleave(40)
+    assert score_labels(truth.numpy(), spectral_clustering(z, 5, 0).labels.numpy()).acc == 1.0
+
+
+def method_on(z: Tensor, monkeypatch: pytest.MonkeyPatch, n_clusters: int, init: str) -> DEC:
+    """DEC with its initial centroids, on a learner whose embeddings are z (N, 6)."""
+    learner = blob_learner()
+    learner.model.centroids = torch.nn.Parameter(torch.zeros(n_clusters, 6))
+    monkeypatch.setattr(learner, "all_latents", lambda: z)
+    method = DEC(DECSettings.model_validate({"n_clusters": n_clusters, "init": init}), learner, 16)
     method.init_centroids()
-    z = learner.all_latents()
-    cut = spectral_clustering(z, KINDS, 0).labels
-    assert score_labels(cut.numpy(), nearest(z, learner.model.centroids)[0].numpy()).acc > 0.8
+    return method
+
+
+@pytest.mark.parametrize(
+    ("init", "at_most", "low", "high"),
+    [("spectral", 10**6, 0.95, 1), ("spectral", 100, 0.9, 1), ("kmeans", 0, 0.5, 0.7)],
+)
+def test_a_method_starts_from_centroids_that_reproduce_the_cut_where_k_means_does_not(
+    init: str, at_most: int, low: float, high: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("trainer.methods.trained.MAX_GRAPH", at_most)
+    z, truth = strips()
+    z = torch.nn.functional.pad(z, (0, 3))
+    method = method_on(z, monkeypatch, 2, init)
+    answers = nearest(z, method.learner.model.centroids)[0]
+    assert low <= score_labels(truth.numpy(), answers.numpy()).acc <= high
+
+
+def test_random_centroids_are_different_samples_where_most_are_alike(monkeypatch: pytest.MonkeyPatch) -> None:
+    z = torch.cat([torch.zeros(400, 6), torch.eye(6)])
+    mu = method_on(z, monkeypatch, 5, "random").learner.model.centroids.detach()
+    assert len(torch.unique(mu, dim=0)) == 5
+    assert torch.equal(squared_distances(mu, z).min(1).values, torch.zeros(5))
+
+
+@pytest.mark.parametrize("init", ["spectral", "random"])
+def test_embeddings_that_are_not_finite_are_not_blamed_on_the_images(
+    init: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(CollapseError, match="guard nan"):
+        method_on(torch.full((50, 6), torch.nan), monkeypatch, 5, init)
 
 
 def test_as_many_clusters_as_points_are_single_points() -> None:

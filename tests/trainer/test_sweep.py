@@ -128,6 +128,19 @@ def test_each_mistake_is_named(
         expand([settings(tiny_settings_text)], methods, parse_grid(grid), search)
 
 
+def test_a_value_goes_to_the_methods_that_take_it(tiny_settings_text: str) -> None:
+    base, methods = settings(tiny_settings_text), ["dec", "stochastic_quantization"]
+    rows = expand([base], methods, parse_grid(["method.init=kmeans,random,classes"]), None)
+    assert [row.name for row in rows] == [
+        "dec, init=kmeans",
+        "dec, init=random",
+        "stochastic_quantization, init=random",
+        "stochastic_quantization, init=classes",
+    ]
+    with pytest.raises(ConfigError, match="method.init is best"):  # none takes it
+        expand([base], methods, parse_grid(["method.init=kmeans,best"]), None)
+
+
 def test_one_seed_and_other_images_are_refused(
     tiny_settings_text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

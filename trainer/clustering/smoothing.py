@@ -24,7 +24,7 @@ from torch import Tensor
 
 Rows = NDArray[np.float32]
 Index = NDArray[np.intp]
-SAME = 1e6  # coordinates of unit vectors that round to the same millionth are equal
+SAME = 1e-6  # of the points' spread: coordinates that round to the same multiple are equal
 CHUNK = 1024  # rows of the similarity and shared-neighbour matrices at a time: 70,000 columns are 290 MB
 
 
@@ -56,7 +56,7 @@ class Smoothed:
 
 def smooth(z: Tensor, options: SmoothingOptions) -> Smoothed:
     """Smooths z (N, D), of any length; fewer than `neighbours` points are all neighbours of each other."""
-    points, place = distinct(z)
+    points, place = distinct(_unit(z))
     members = neighbours(points, points, options.neighbours)
     weights = shared_neighbour_weights(members, members, options.min_jaccard)
     anchored = points.cpu().numpy()
@@ -74,10 +74,11 @@ def extend(graph: Smoothed, z: Tensor) -> Rows:
     return _step(queries.cpu().numpy(), weights, graph.smoothed, graph.options.anchor)
 
 
-def distinct(z: Tensor) -> tuple[Tensor, Index]:
-    """Directions (M, D) of z (N, D) that differ by more than rounding, in the order of their first points; which of them each is (N,)."""
-    points = _unit(z)
-    digits = np.ascontiguousarray((points.double() * SAME).round().to(torch.int32).cpu().numpy())
+def distinct(points: Tensor) -> tuple[Tensor, Index]:
+    """The points (M, D) of (N, D), finite, that differ by more than rounding, in the order of their first; which of them each is (N,)."""
+    centred = points.double() - points.double().mean(0)
+    unit = centred.square().sum(1).mean().sqrt().clamp_min(1e-300)
+    digits = np.ascontiguousarray((centred / unit / SAME).round().to(torch.int64).cpu().numpy())
     keys = digits.view(np.dtype((np.void, digits[0].nbytes))).ravel()
     _, first, found = np.unique(keys, return_index=True, return_inverse=True)
     order = np.argsort(first)
@@ -88,8 +89,13 @@ def neighbours(queries: Tensor, points: Tensor, count: int) -> csr_array:
     """Marks (M, N) of the `count` points (N, D) most similar to each query (M, D), by cosine; both of unit length."""
     count = min(count, len(points))
     found = torch.cat([(part @ points.T).topk(count, dim=1).indices for part in queries.split(CHUNK)]).cpu().numpy()
-    starts = np.arange(0, found.size + 1, count)
-    return csr_array((np.ones(found.size, np.float32), found.ravel(), starts), shape=(len(queries), len(points)))
+    return marks(found, len(points))
+
+
+def marks(ids: Index, n: int) -> csr_array:
+    """(M, n), 1 where one of ids (M, k) is."""
+    starts = np.arange(0, ids.size + 1, ids.shape[1])
+    return csr_array((np.ones(ids.size, np.float32), ids.ravel(), starts), shape=(len(ids), n))
 
 
 def shared_neighbour_weights(members: csr_array, others: csr_array, min_jaccard: float) -> csr_array:

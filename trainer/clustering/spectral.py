@@ -5,8 +5,10 @@ clustering", NIPS 2001 (the relaxation: rows of the leading eigenvectors of D^-1
 
     cut = sum_k (1 - w_kk / w_k),   w_kk: weight inside cluster k, w_k: weight that ends in it; 0 where no edge leaves a cluster, K - 1 at random
 
-Differs from them: W is the symmetric part of clustering/smoothing.py's weights; k-means runs on K, K + 1 ... 2 K eigenvectors, and the
-assignment of the smallest cut is kept. With just K of them, one that separates a handful of outliers leaves two clusters joined.
+Differs from them: W is the symmetric part of clustering/smoothing.py's weights, among neighbours by Euclidean distance; k-means runs on
+several numbers of eigenvectors from K to 2 K, and the assignment of the smallest cut is kept. With just K of them, one that separates a
+handful of outliers leaves two clusters joined. Where the graph falls into more than K parts (many frames of each shot) every union
+of parts would be a cut of 0: it then grows, to twice as many neighbours at a time.
 `init: spectral` starts a method from it, since k-means does not see that two clusters in the embedding of an autoencoder are bent.
 """
 
@@ -19,17 +21,21 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from scipy.sparse import csr_array, diags_array
+from scipy.sparse.csgraph import connected_components
 from scipy.sparse.linalg import lobpcg
 from torch import Tensor
 
 from trainer.clustering.kmeans import KMeansOptions, check_distinct, kmeans
-from trainer.clustering.smoothing import SmoothingOptions, distinct, neighbours, shared_neighbour_weights
+from trainer.clustering.neighbours import neighbours_within
+from trainer.clustering.smoothing import distinct, marks, shared_neighbour_weights
+from trainer.errors import DataError
 
 DENSE = 1000  # points up to which all eigenvectors are computed
 COUNTS = 11  # numbers of eigenvectors that are tried, spread from K to 2 K
 TOLERANCE = 1e-3  # of an eigenvector's residual: their rows only go into k-means, and the cut has the last word
 MAX_ITERATIONS = 300
-Graph = SmoothingOptions()  # its neighbours and min_jaccard
+NEIGHBOURS, MOST_NEIGHBOURS = 15, 120  # of a point, itself included; fewer where there are few points
+MIN_JACCARD = 0.05
 
 Labels = NDArray[np.int64]
 
@@ -47,11 +53,11 @@ def spectral_clustering(z: Tensor, n_clusters: int, seed: int, n_init: int = 20)
     """Assigns z (N, D) by the smallest normalised cut that was found; N^2 similarities are computed, in pieces.
 
     Raises:
-        DataError: fewer distinct points than clusters.
+        DataError: fewer distinct points than clusters, or more groups of points without a neighbour in common.
     """
     check_distinct(z, n_clusters)
     points, place = distinct(z)
-    weights = symmetric_graph(points)
+    weights = neighbour_graph(points, n_clusters)
     vectors = leading_eigenvectors(weights, min(2 * n_clusters, len(points)), seed)
     tried = []
     for count in sorted(set(np.linspace(n_clusters, vectors.shape[1], COUNTS).round().astype(int).tolist())):
@@ -61,11 +67,26 @@ def spectral_clustering(z: Tensor, n_clusters: int, seed: int, n_init: int = 20)
     return min(tried, key=lambda found: found.cut)
 
 
-def symmetric_graph(points: Tensor) -> csr_array:
-    """Weights (N, N) between distinct points (N, D) of unit length that share neighbours; every point has one to itself."""
-    members = neighbours(points, points, Graph.neighbours)
-    weights = shared_neighbour_weights(members, members, Graph.min_jaccard)
-    return csr_array((weights + weights.T) / 2)
+def neighbour_graph(points: Tensor, n_clusters: int) -> csr_array:
+    """Symmetric weights (N, N) of distinct points (N, D) that share neighbours, in at most `n_clusters` parts; every point has one to itself.
+
+    Raises:
+        DataError: they stay in more parts.
+    """
+    count = min(NEIGHBOURS, max(3, len(points) // (2 * n_clusters)))
+    while True:
+        others = neighbours_within(points, count - 1).ids.cpu().numpy()
+        members = marks(np.concatenate([np.arange(len(points))[:, None], others], 1), len(points))
+        weights = shared_neighbour_weights(members, members, MIN_JACCARD)
+        weights = csr_array((weights + weights.T) / 2)
+        parts = connected_components(weights, directed=False)[0]
+        if parts <= n_clusters:
+            return weights
+        if (count := 2 * count) > MOST_NEIGHBOURS:
+            raise DataError(
+                f"method.init is spectral, but the embeddings fall into {parts} groups that share no neighbours (frames of one part?), "
+                f"expected at most method.n_clusters, {n_clusters}: keep fewer frames of each part (data.every), or use method.init kmeans"
+            )
 
 
 def leading_eigenvectors(weights: csr_array, count: int, seed: int) -> NDArray[np.float64]:

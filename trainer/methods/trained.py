@@ -1,7 +1,7 @@
 """What the methods that move the embeddings towards centroids have in common: where these start, and being watched until all rests.
 
 `init` of the centroids: `kmeans`; `spectral`, centroids that reproduce a normalised cut of the neighbour graph as well as centroids can
-(clustering/spectral.py, clustering/boundary.py), from at most `MAX_GRAPH` samples; `random` samples; `uniform` in [-1, 1].
+(clustering/spectral.py, clustering/boundary.py), from at most `MAX_GRAPH` samples; `random` samples, no two alike; `uniform` in [-1, 1].
 """
 
 from __future__ import annotations
@@ -13,6 +13,8 @@ from torch import Tensor
 
 from trainer import ranks
 from trainer.clustering.boundary import fit_boundary
+from trainer.clustering.kmeans import check_distinct
+from trainer.clustering.smoothing import distinct
 from trainer.clustering.spectral import spectral_clustering
 from trainer.convergence import Convergence
 from trainer.methods.staged import StagedMethod, StagedSettings
@@ -46,9 +48,11 @@ class TrainedMethod(StagedMethod):
             mu.copy_(torch.rand(mu.shape, generator=generator) * 2 - 1)
             return
         z = self.learner.all_latents()
+        self.convergence.check(z)
         order = torch.randperm(len(z), generator=generator).to(z.device)
         if self.settings.init == "random":
-            mu.copy_(z[order[: len(mu)]])
+            check_distinct(z, len(mu))
+            mu.copy_(distinct(z[order])[0][: len(mu)])
         else:
             mu.copy_(ranks.current().same(lambda: self._of_a_cut(z[order[:MAX_GRAPH].sort().values])))
 
