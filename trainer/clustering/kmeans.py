@@ -96,10 +96,14 @@ def check_distinct(z: Tensor, n_clusters: int) -> None:
     Raises:
         DataError: so it is; the text names method.n_clusters.
     """
-    if (distinct := distinct_rows(z, n_clusters)) >= n_clusters:
-        return
-    raise DataError(
-        f"method.n_clusters is {n_clusters}, but the {len(z)} images have only {distinct} different embeddings; "
+    if (distinct := distinct_rows(z, n_clusters)) < n_clusters:
+        raise too_few_different(n_clusters, len(z), distinct)
+
+
+def too_few_different(n_clusters: int, images: int, distinct: int) -> DataError:
+    """What to say of `distinct` different embeddings among those of `images`."""
+    return DataError(
+        f"method.n_clusters is {n_clusters}, but the {images} images have only {distinct} different embeddings; "
         f"use fewer clusters or more images"
     )
 

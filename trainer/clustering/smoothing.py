@@ -75,7 +75,7 @@ def extend(graph: Smoothed, z: Tensor) -> Rows:
 
 
 def distinct(points: Tensor) -> tuple[Tensor, Index]:
-    """The points (M, D) of (N, D), finite, that differ by more than rounding, in the order of their first; which of them each is (N,)."""
+    """Finite points (N, D) whose coordinates do not round to the same multiples, (M, D) in the order of the first; which of them each is (N,)."""
     centred = points.double() - points.double().mean(0)
     unit = centred.square().sum(1).mean().sqrt().clamp_min(1e-300)
     digits = np.ascontiguousarray((centred / unit / SAME).round().to(torch.int64).cpu().numpy())

@@ -7,8 +7,9 @@ clustering", NIPS 2001 (the relaxation: rows of the leading eigenvectors of D^-1
 
 Differs from them: W is the symmetric part of clustering/smoothing.py's weights, among neighbours by Euclidean distance; k-means runs on
 several numbers of eigenvectors from K to 2 K, and the assignment of the smallest cut is kept. With just K of them, one that separates a
-handful of outliers leaves two clusters joined. Where the graph falls into more than K parts (many frames of each shot) every union
-of parts would be a cut of 0: it then grows, to twice as many neighbours at a time.
+handful of outliers leaves two clusters joined. Many frames of one shot are each other's only neighbours: cutting them off costs nothing,
+and tells nothing. So an assignment with a cluster below a quarter of the even share is not taken, nor a graph in more than K
+parts; it grows then, to twice as many neighbours at a time. The price: a kind as rare as that is not found here.
 `init: spectral` starts a method from it, since k-means does not see that two clusters in the embedding of an autoencoder are bent.
 """
 
@@ -25,17 +26,17 @@ from scipy.sparse.csgraph import connected_components
 from scipy.sparse.linalg import lobpcg
 from torch import Tensor
 
-from trainer.clustering.kmeans import KMeansOptions, check_distinct, kmeans
+from trainer.clustering.kmeans import KMeansOptions, kmeans, too_few_different
 from trainer.clustering.neighbours import neighbours_within
 from trainer.clustering.smoothing import distinct, marks, shared_neighbour_weights
-from trainer.errors import DataError
 
 DENSE = 1000  # points up to which all eigenvectors are computed
 COUNTS = 11  # numbers of eigenvectors that are tried, spread from K to 2 K
 TOLERANCE = 1e-3  # of an eigenvector's residual: their rows only go into k-means, and the cut has the last word
 MAX_ITERATIONS = 300
-NEIGHBOURS, MOST_NEIGHBOURS = 15, 120  # of a point, itself included; fewer where there are few points
+NEIGHBOURS = 15  # of a point at first, itself included; fewer where there are few points
 MIN_JACCARD = 0.05
+SMALL = 0.25  # of the even share N / K: clusters below it are taken for frames of one shot
 
 Labels = NDArray[np.int64]
 
@@ -49,44 +50,44 @@ class Cut:
     eigenvectors: int
 
 
-def spectral_clustering(z: Tensor, n_clusters: int, seed: int, n_init: int = 20) -> Cut:
-    """Assigns z (N, D) by the smallest normalised cut that was found; N^2 similarities are computed, in pieces.
+def spectral_clustering(z: Tensor, n_clusters: int, seed: int, n_init: int = 20) -> Cut | None:
+    """Assigns z (N, D) by the smallest normalised cut that was found; N^2 distances are computed, in pieces. None: no graph gave one.
 
     Raises:
-        DataError: fewer distinct points than clusters, or more groups of points without a neighbour in common.
+        DataError: fewer distinct points than clusters.
     """
-    check_distinct(z, n_clusters)
     points, place = distinct(z)
-    weights = neighbour_graph(points, n_clusters)
-    vectors = leading_eigenvectors(weights, min(2 * n_clusters, len(points)), seed)
+    if len(points) < n_clusters:
+        raise too_few_different(n_clusters, len(z), len(points))
+    fewest = min(NEIGHBOURS, max(3, len(points) // (2 * n_clusters)))
+    for count in (fewest, 2 * fewest, 4 * fewest, 8 * fewest):
+        weights = neighbour_graph(points, count)
+        if connected_components(weights, directed=False)[0] <= n_clusters:
+            found = _smallest_cut(weights, n_clusters, seed, n_init)
+            if found is not None:
+                return Cut(found.labels[place].to(z.device), found.cut, found.eigenvectors)
+    return None
+
+
+def _smallest_cut(weights: csr_array, n_clusters: int, seed: int, n_init: int) -> Cut | None:
+    """Of the assignments in which no cluster is small; None where each has one."""
+    n = weights.shape[0]
+    vectors = leading_eigenvectors(weights, min(2 * n_clusters, n), seed)
     tried = []
     for count in sorted(set(np.linspace(n_clusters, vectors.shape[1], COUNTS).round().astype(int).tolist())):
         rows = torch.nn.functional.normalize(torch.from_numpy(np.ascontiguousarray(vectors[:, :count])).float(), dim=1)
         labels = kmeans(rows, n_clusters, seed, KMeansOptions(n_init=n_init)).labels
-        tried.append(Cut(labels[place].to(z.device), normalised_cut(weights, labels.numpy(), n_clusters), count))
-    return min(tried, key=lambda found: found.cut)
+        if torch.bincount(labels, minlength=n_clusters).min() >= SMALL * n / n_clusters:
+            tried.append(Cut(labels, normalised_cut(weights, labels.numpy(), n_clusters), count))
+    return min(tried, key=lambda found: found.cut, default=None)
 
 
-def neighbour_graph(points: Tensor, n_clusters: int) -> csr_array:
-    """Symmetric weights (N, N) of distinct points (N, D) that share neighbours, in at most `n_clusters` parts; every point has one to itself.
-
-    Raises:
-        DataError: they stay in more parts.
-    """
-    count = min(NEIGHBOURS, max(3, len(points) // (2 * n_clusters)))
-    while True:
-        others = neighbours_within(points, count - 1).ids.cpu().numpy()
-        members = marks(np.concatenate([np.arange(len(points))[:, None], others], 1), len(points))
-        weights = shared_neighbour_weights(members, members, MIN_JACCARD)
-        weights = csr_array((weights + weights.T) / 2)
-        parts = connected_components(weights, directed=False)[0]
-        if parts <= n_clusters:
-            return weights
-        if (count := 2 * count) > MOST_NEIGHBOURS:
-            raise DataError(
-                f"method.init is spectral, but the embeddings fall into {parts} groups that share no neighbours (frames of one part?), "
-                f"expected at most method.n_clusters, {n_clusters}: keep fewer frames of each part (data.every), or use method.init kmeans"
-            )
+def neighbour_graph(points: Tensor, count: int) -> csr_array:
+    """Symmetric weights (N, N) of distinct points (N, D) by what they share of their `count` neighbours; every point has one to itself."""
+    others = neighbours_within(points, count - 1).ids.cpu().numpy()
+    members = marks(np.concatenate([np.arange(len(points))[:, None], others], 1), len(points))
+    weights = shared_neighbour_weights(members, members, MIN_JACCARD)
+    return csr_array((weights + weights.T) / 2)
 
 
 def leading_eigenvectors(weights: csr_array, count: int, seed: int) -> NDArray[np.float64]:

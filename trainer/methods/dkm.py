@@ -105,11 +105,12 @@ class DKM(TrainedMethod):
 
     def warnings(self) -> list[str]:
         if self.settings.alpha != "annealed" or self.sharpness >= MIN_SHARPNESS:
-            return []
+            return super().warnings()
         return [
+            *super().warnings(),
             f"method dkm ended with assignments that are still soft: alpha times the median squared distance to the nearest centroid is "
             f"{float(self.sharpness):.2g}, expected at least {MIN_SHARPNESS:g}; the embedding shrank: lower method.clustering_weight "
-            f"({self.settings.clustering_weight:g})"
+            f"({self.settings.clustering_weight:g})",
         ]
 
     def _repair(self, z: Tensor, d2: Tensor) -> int:

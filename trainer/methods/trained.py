@@ -13,14 +13,15 @@ from torch import Tensor
 
 from trainer import ranks
 from trainer.clustering.boundary import fit_boundary
-from trainer.clustering.kmeans import check_distinct
-from trainer.clustering.smoothing import distinct
+from trainer.clustering.kmeans import too_few_different
 from trainer.clustering.spectral import spectral_clustering
 from trainer.convergence import Convergence
+from trainer.learner import Learner
 from trainer.methods.staged import StagedMethod, StagedSettings
 from trainer.stage import EpochReport
 
 MAX_GRAPH = 100_000  # samples: a graph costs the square of their number, K centroids do not need more
+SAME = 1e-4  # of the embeddings' spread: samples nearer than that are alike
 PULL = 0.01  # to the means of a cut's clusters, smoothed_kmeans's own
 
 
@@ -35,6 +36,10 @@ class TrainedMethod(StagedMethod):
 
     settings: TrainedSettings
     convergence: Convergence
+
+    def __init__(self, settings: TrainedSettings, learner: Learner, batch_size: int) -> None:
+        super().__init__(settings, learner, batch_size)
+        self.found_no_cut = torch.tensor(False)
 
     @torch.no_grad()
     def init_centroids(self) -> None:
@@ -51,15 +56,28 @@ class TrainedMethod(StagedMethod):
         self.convergence.check(z)
         order = torch.randperm(len(z), generator=generator).to(z.device)
         if self.settings.init == "random":
-            check_distinct(z, len(mu))
-            mu.copy_(distinct(z[order])[0][: len(mu)])
+            mu.copy_(different_samples(z[order], len(mu)))
+            return
+        found = ranks.current().same(lambda: self._of_a_cut(z[order[:MAX_GRAPH].sort().values]))
+        if found is None:
+            self.found_no_cut.fill_(True)
+            super().init_centroids()
         else:
-            mu.copy_(ranks.current().same(lambda: self._of_a_cut(z[order[:MAX_GRAPH].sort().values])))
+            mu.copy_(found)
 
-    def _of_a_cut(self, z: Tensor) -> Tensor:
-        """Centroids (K, D) of a normalised cut of z (N, D)."""
+    def _of_a_cut(self, z: Tensor) -> Tensor | None:
+        """Centroids (K, D) of a normalised cut of z (N, D), where there is one."""
         k = self.settings.n_clusters
-        return fit_boundary(z, spectral_clustering(z, k, self.learner.seed, self.settings.n_init).labels, k, PULL)
+        cut = spectral_clustering(z, k, self.learner.seed, self.settings.n_init)
+        return None if cut is None else fit_boundary(z, cut.labels, k, PULL)
+
+    def warnings(self) -> list[str]:
+        if not self.found_no_cut:
+            return []
+        return [
+            "method.init is spectral, but every cut of the neighbour graph had a cluster below a quarter of the even share, or the graph fell "
+            "into more parts than clusters: centroids started from k-means; keep fewer frames of each shot, or change method.n_clusters"
+        ]
 
     @torch.no_grad()
     def begin(self) -> None:
@@ -76,8 +94,26 @@ class TrainedMethod(StagedMethod):
         return EpochReport(self.convergence.figures, stop=self.convergence.is_reached)
 
     def state(self) -> dict[str, Tensor]:
-        return super().state() | self.convergence.state()
+        return super().state() | self.convergence.state() | {"found_no_cut": self.found_no_cut}
 
     def load_state(self, state: dict[str, Tensor]) -> None:
         super().load_state(state)
         self.convergence.load_state(state)
+        self.found_no_cut = state["found_no_cut"]
+
+
+def different_samples(z: Tensor, count: int) -> Tensor:
+    """The first `count` of z (N, D) that lie apart, (count, D): equal centroids could not be told apart again.
+
+    Raises:
+        DataError: fewer do.
+    """
+    least = SAME**2 * z.var(0, unbiased=False).sum()
+    free = torch.ones(len(z), dtype=torch.bool, device=z.device)
+    chosen: list[int] = []
+    while len(chosen) < count and free.any():
+        chosen.append(int(free.int().argmax()))
+        free &= (z - z[chosen[-1]]).square().sum(1) > least
+    if len(chosen) < count:
+        raise too_few_different(count, len(z), len(chosen))
+    return z[chosen]
