@@ -223,16 +223,16 @@ class Supervisor:
         problem = line.publisher.status().problem
         if problem is not None and line.outbox.status().rows:
             log.info("waiting up to %g s for delivery: %s", timeout_s, problem.text)
-        drained = self._wait_drained(timeout_s)
+        drained = self._wait_drained(timeout_s, by_hand)
         self._undelivered = line.publisher.status().problem
         line.publisher.stop()
         if line.publisher.is_alive():
             line.publisher.join(GOODBYE_S)
         return drained
 
-    def _wait_drained(self, timeout_s: float) -> bool:
-        """In slices: a signal may come while recorded material is delivered."""
-        end_s, was_asked = time.monotonic() + timeout_s, self._stop_asked.is_set()
+    def _wait_drained(self, timeout_s: float, was_asked: bool) -> bool:
+        """In slices: a signal may come while recorded material is delivered; `was_asked`: `timeout_s` is that of a stop by hand already."""
+        end_s = time.monotonic() + timeout_s
         while not self._line.publisher.wait_drained(min(0.2, max(0.0, end_s - time.monotonic()))):
             if self._stop_asked.is_set() and not was_asked:
                 was_asked, end_s = True, min(end_s, time.monotonic() + STOP_DRAIN_S)

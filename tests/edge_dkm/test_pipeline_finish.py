@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import signal
 import sqlite3
@@ -231,6 +232,25 @@ def test_sigterm_while_recorded_material_waits_for_the_broker_ends_it(make_line:
         assert station.stop(25) == 0
         assert "Traceback" not in station.log()
     assert len(stored(settings.state / "outbox.db")) == 12
+
+
+def test_a_stop_in_the_moment_in_which_the_wait_begins_is_heard(
+    make_line: Make, run: Start, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    started, heard = threading.Event(), threading.Event()
+
+    def stop_now(record: logging.LogRecord) -> bool:
+        if record.getMessage().startswith("waiting up to 600 s for delivery"):
+            started.wait(20)
+            running.ask_to_stop()
+            heard.set()
+        return True
+
+    monkeypatch.setattr(supervisor_module.log, "filters", [stop_now])
+    caplog.set_level(logging.INFO)
+    running = run(make_line(free_port(), delivery="{drain_timeout_s: 600}"))
+    started.set()
+    assert running.has_ended() and heard.is_set() and running.error is None
 
 
 @pytest.fixture
