@@ -120,7 +120,11 @@ def test_ctrl_c_outside_the_training_says_how_to_go_on_too(
         return whole(*arguments)
 
     monkeypatch.setattr(fitting, "load_dataset", pressed)
-    assert main(["fit", str(config), "--out", str(tmp_path / "run")]) == 130
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores Ctrl-C
+    try:
+        assert main(["fit", str(config), "--out", str(tmp_path / "run")]) == 130
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert "dkm-train: interrupted; go on with: dkm-train fit " in capsys.readouterr().err
 
 
