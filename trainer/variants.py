@@ -1,6 +1,6 @@
 """The settings that a sweep compares: methods put in place of each other, a grid of values, or random draws from a space.
 
-A setting that a method does not have is left out for it; one that no method has is an error.
+A setting, or a value of one, that only other methods have is left out for a method; one that no method has is an error.
 """
 
 from __future__ import annotations
@@ -147,17 +147,16 @@ def expand(bases: Sequence[TrainSettings], methods: Sequence[str], space: Space,
         ConfigError: a key or value does not fit, or a range is given without `search`.
     """
     found: dict[str, Variant] = {}
-    used: set[str] = set()
     rows = [(name, with_method(base, name)) for base in bases for name in methods or [base.method.name]]
-    for name, settings in rows:
-        own = {key: values for key, values in (space or _built_in(search)).items() if _has(settings, key)}
-        used |= set(own)
-        own = {key: taken for key, values in own.items() if (taken := _own_values(settings, key, values, rows))}
+    grid = space or _built_in(search)
+    taken = [_taken(settings, grid) for _, settings in rows]
+    for (name, settings), mine in zip(rows, taken, strict=True):
+        own = {key: left for key in mine if (left := _without_others(key, grid[key], mine, taken))}
         for point in _points(own, search):
             label = ", ".join([name, *(f"{key.split('.', 1)[-1]}={value}" for key, value in point.items())])
             variant = Variant(label, changed(settings, point, "--grid"))
             found.setdefault(json.dumps(variant.settings.plain(), sort_keys=True), variant)
-    unused = sorted(set(space) - used)
+    unused = sorted(set(space).difference(*taken))
     if unused:
         raise ConfigError([f"--grid {unused[0]}: no method of this sweep has such a setting"])
     return _named_apart(list(found.values()))
@@ -178,14 +177,23 @@ def _has(settings: TrainSettings, key: str) -> bool:
     return True
 
 
-def _own_values(
-    settings: TrainSettings, key: str, values: Range | Sequence[Any], rows: Sequence[tuple[str, TrainSettings]]
+def _taken(settings: TrainSettings, space: Space) -> dict[str, list[Any]]:
+    """The keys that this method has, each with those of its listed values that the method takes."""
+    return {
+        key: [] if isinstance(values, Range) else [value for value in values if _takes(settings, key, value)]
+        for key, values in space.items()
+        if _has(settings, key)
+    }
+
+
+def _without_others(
+    key: str, values: Range | Sequence[Any], mine: Mapping[str, list[Any]], taken: Sequence[Mapping[str, list[Any]]]
 ) -> Range | list[Any]:
-    """Those that this method takes; one that no method of the sweep takes stays, for its error to be seen."""
+    """`values` of a key but for those that only other methods take; one that none takes stays, for its error to be seen."""
     if isinstance(values, Range):
         return values
-    known = [value for value in values if any(_takes(other, key, value) for _, other in rows)]
-    return [value for value in values if value not in known or _takes(settings, key, value)]
+    known = [value for others in taken for value in others.get(key, ())]
+    return [value for value in values if value in mine[key] or value not in known]
 
 
 def _takes(settings: TrainSettings, key: str, value: Any) -> bool:
@@ -193,7 +201,7 @@ def _takes(settings: TrainSettings, key: str, value: Any) -> bool:
         changed(settings, {key: value}, "--grid")
     except ConfigError:
         return False
-    return _has(settings, key)
+    return True
 
 
 def _points(space: Space, search: int | None) -> Iterator[dict[str, Any]]:

@@ -1,8 +1,8 @@
 """MNIST, USPS and Fashion-MNIST, fitted and scored on all images as in the papers: ACC, NMI, ARI and minutes of each method over seeds.
 
-Labels serve scoring only; `between seeds`, the mean ARI of each two seeds' answers, needs none: choose
-by it. All methods of a seed start from one autoencoder (`pretrain.cache` in --out), so rows are paired. Runs are kept in --out and not
-repeated: a table can grow over several calls, and `--tabulate` only prints what is there.
+Labels serve scoring only; `between seeds`, the mean ARI of each two seeds' answers, needs none: choose by it. All methods of a seed start
+from one autoencoder (`pretrain.cache` in --out), so rows are paired. Runs are kept in --out and not repeated: a table can grow over
+several calls, and `--tabulate` only prints what is there.
 
     python -m benchmarks.accuracy.digits --data usps --rows ae_kmeans dec idec --seeds 5
 """
@@ -10,7 +10,6 @@ repeated: a table can grow over several calls, and `--tabulate` only prints what
 from __future__ import annotations
 
 import argparse
-import csv
 import json
 import os
 from collections.abc import Sequence
@@ -26,6 +25,7 @@ from sklearn.metrics import adjusted_rand_score
 from benchmarks.table import real_set, show_table
 from trainer.errors import CollapseError
 from trainer.progress import Terminal
+from trainer.report.assignment_table import read_assignments
 from trainer.trials import fit_or_reuse, load_base
 
 SETS = {"mnist": "mnist.npz", "usps": "usps.npz", "fashion": "fashion_mnist.npz", "imbalanced": "mnist.npz"}
@@ -102,7 +102,8 @@ def measure(data: str, name: str, seed: int, out: Path, extra: Sequence[str]) ->
     path = imbalanced(out / "sets", seed) if data == "imbalanced" else real_set(SETS[data])
     cache = [] if "annealed" in name else [f"pretrain.cache={out / 'autoencoders'}"]
     refresh = [USPS_T] if data == "usps" and row.config in {"mnist_dec", "mnist_idec"} else []
-    overrides = [f"train.seed={seed}", f"data.path={path}", *cache, *refresh, *row.overrides, *extra]
+    # The cache last: a row that sets the whole of `pretrain` would lose it, and pre-train anew for each method.
+    overrides = [f"train.seed={seed}", f"data.path={path}", *refresh, *row.overrides, *extra, *cache]
     try:
         return fit_or_reuse(load_base(row.config, overrides)[0], out / data / f"{name}-{seed}", Terminal()).info
     except CollapseError as error:
@@ -119,10 +120,7 @@ def between_seeds(data: str, name: str, seeds: Sequence[int], out: Path) -> str:
     """Mean ARI of each two runs' clusters, "-" of a single one or of sets that were drawn by the seed."""
     if len(seeds) < 2 or data == "imbalanced":
         return "-"
-    answers = []
-    for seed in seeds:
-        with (out / data / f"{name}-{seed}" / "assignments.csv").open(newline="", encoding="utf-8") as file:
-            answers.append([row["cluster"] for row in csv.DictReader(file)])
+    answers = [[row.cluster for row in read_assignments(out / data / f"{name}-{seed}")] for seed in seeds]
     return f"{mean(adjusted_rand_score(a, b) for a, b in combinations(answers, 2)):.3f}"
 
 

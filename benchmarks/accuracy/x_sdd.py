@@ -11,22 +11,13 @@ import time
 from pathlib import Path
 
 import numpy as np
-from numpy.typing import NDArray
 
 from benchmarks.table import WEIGHTS, real_set, show_table, spread
 from trainer import FitOptions, fit
-from trainer.artifact import Run
 from trainer.metric import score_labels
+from trainer.report.assignment_table import read_assignments
 
 CONFIGS = ("x_sdd_ae_kmeans", "x_sdd_dec")
-
-
-def assignments(run: Run) -> NDArray[np.int64]:
-    """Cluster id per image, from the run folder's assignments.csv."""
-    assert run.path is not None
-    return np.genfromtxt(run.path / "assignments.csv", delimiter=",", names=True, dtype=None, encoding="utf-8")[
-        "cluster"
-    ]
 
 
 def main() -> None:
@@ -43,7 +34,7 @@ def main() -> None:
                 common = [f"train.seed={seed}", f"data.path={real_set('x_sdd')}", WEIGHTS]
                 extra = arguments.overrides if name == "x_sdd_dec" else []
                 run = fit(name, FitOptions(Path(folder), [*common, *extra]))
-                ids = assignments(run)
+                ids = np.array([row.cluster for row in read_assignments(Path(folder))])
             control = ids if control is None else control
             moved = 1 - score_labels(control, ids).acc
             results[name].append({**run.metrics, "moved": moved, "s": time.monotonic() - started_s})

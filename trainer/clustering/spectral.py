@@ -28,14 +28,14 @@ from torch import Tensor
 
 from trainer.clustering.kmeans import KMeansOptions, kmeans, too_few_different
 from trainer.clustering.neighbours import neighbours_within
-from trainer.clustering.smoothing import distinct, marks, shared_neighbour_weights
+from trainer.clustering.smoothing import SmoothingOptions, distinct, marks, shared_neighbour_weights
 
 DENSE = 1000  # points up to which all eigenvectors are computed
 COUNTS = 11  # numbers of eigenvectors that are tried, spread from K to 2 K
 TOLERANCE = 1e-3  # of an eigenvector's residual: their rows only go into k-means, and the cut has the last word
 MAX_ITERATIONS = 300
-NEIGHBOURS = 15  # of a point at first, itself included; fewer where there are few points
-MIN_JACCARD = 0.05
+NEIGHBOURS = SmoothingOptions.neighbours  # of a point at first, itself included; fewer where there are few points
+MIN_JACCARD = SmoothingOptions.min_jaccard
 SMALL = 0.25  # of the even share N / K: clusters below it are taken for frames of one shot
 
 Labels = NDArray[np.int64]
@@ -74,7 +74,7 @@ def _smallest_cut(weights: csr_array, n_clusters: int, seed: int, n_init: int) -
     n = weights.shape[0]
     vectors = leading_eigenvectors(weights, min(2 * n_clusters, n), seed)
     tried = []
-    for count in sorted(set(np.linspace(n_clusters, vectors.shape[1], COUNTS).round().astype(int).tolist())):
+    for count in np.unique(np.linspace(n_clusters, vectors.shape[1], COUNTS).round().astype(int)).tolist():
         rows = torch.nn.functional.normalize(torch.from_numpy(np.ascontiguousarray(vectors[:, :count])).float(), dim=1)
         labels = kmeans(rows, n_clusters, seed, KMeansOptions(n_init=n_init)).labels
         if torch.bincount(labels, minlength=n_clusters).min() >= SMALL * n / n_clusters:
