@@ -68,6 +68,16 @@ def test_of_equally_near_points_the_lowest_ids_are_taken() -> None:
     ]
 
 
+@pytest.mark.parametrize("n", [2000, 4111])
+def test_of_long_rows_the_lowest_are_those_of_a_full_stable_sort_also_among_ties_and_infinities(n: int) -> None:
+    few_values = torch.randint(0, 60, (9, n), generator=torch.Generator().manual_seed(2)).float()
+    late = torch.arange(n, 0, -1.0).repeat(2, 1)  # the smallest are in the last, incomplete block
+    barred = normal(3, n).masked_fill(torch.arange(n) % 40 != 0, torch.inf)
+    for values in (normal(9, n), few_values, late, barred):
+        for count in (1, 5, 15):
+            assert torch.equal(lowest(values, count), values.argsort(dim=1, stable=True)[:, :count])
+
+
 def test_duplicates_are_neighbours_but_a_point_is_not_its_own() -> None:
     points = torch.zeros(4, 2)
     assert neighbours_within(points, 2).ids.tolist() == [[1, 2], [0, 2], [0, 1], [0, 1]]

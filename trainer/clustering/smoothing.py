@@ -22,10 +22,12 @@ from numpy.typing import NDArray
 from scipy.sparse import csr_array, diags_array, vstack
 from torch import Tensor
 
+from trainer.clustering.neighbours import nearest_neighbours
+
 Rows = NDArray[np.float32]
 Index = NDArray[np.intp]
 SAME = 1e-6  # of the points' spread: coordinates that round to the same multiple are equal
-CHUNK = 1024  # rows of the similarity and shared-neighbour matrices at a time: 70,000 columns are 290 MB
+CHUNK = 1024  # rows of the shared-neighbour matrix at a time
 
 
 @dataclass(frozen=True)
@@ -86,10 +88,8 @@ def distinct(points: Tensor) -> tuple[Tensor, Index]:
 
 
 def neighbours(queries: Tensor, points: Tensor, count: int) -> csr_array:
-    """Marks (M, N) of the `count` points (N, D) most similar to each query (M, D), by cosine; both of unit length."""
-    count = min(count, len(points))
-    found = torch.cat([(part @ points.T).topk(count, dim=1).indices for part in queries.split(CHUNK)]).cpu().numpy()
-    return marks(found, len(points))
+    """Marks (M, N) of the `count` points (N, D) most similar to each query (M, D), by cosine, which on unit length is the nearest by distance."""
+    return marks(nearest_neighbours(queries, points, count).ids.cpu().numpy(), len(points))
 
 
 def marks(ids: Index, n: int) -> csr_array:
