@@ -20,7 +20,7 @@ from trainer import ranks
 
 
 class AugmentSettings(Settings):
-    """All draws are uniform in [-value, value], one per image. Choose only changes that a part may show without being another part."""
+    """All draws but of `noise` are uniform in [-value, value], one per image. Choose only changes that a part may show without being another part."""
 
     shift: float = Field(0.0, ge=0, lt=1, description="share of the side")
     rotate_deg: float = Field(0.0, ge=0, le=180)

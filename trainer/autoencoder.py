@@ -76,6 +76,11 @@ class SharedAutoencoder:
         """Pre-training's stages, or as many empty ones where an autoencoder is there to take (the loop counts stages)."""
         stages = pretrain_stages(self.settings.pretrain, learner, self.settings.train.batch_size)
         if not stages:
+            if self.settings.pretrain.from_run is not None:
+                raise DataError(
+                    f"pretrain.from is {self.settings.pretrain.from_run}, but encoder {self.settings.encoder.name} is frozen and has no autoencoder to "
+                    f"take; leave it out"
+                )
             return stages
         source = ranks.current().same(self._source) if may_load else None
         if source is None:

@@ -2,10 +2,14 @@
 
 `checkpoints/` in the run folder holds the newest, last.safetensors, and the one before it, previous.safetensors. A new one is written
 beside them and synced before `last` is renamed to `previous` and the new one to `last`: whenever the process is killed, one of the two is whole.
+
+Either may have been saved while the clusters were collapsing, before a guard looked again. So the one that a later look found sound is also
+kept as good.safetensors, another name of the same file, and is all that stays once a guard has stopped the run.
 """
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import hashlib
 import json
@@ -27,7 +31,7 @@ from trainer.learner import Learner
 from trainer.methods.base import Method
 from trainer.whole_file import remove_unfinished, write_whole
 
-FOLDER, NAME, PREVIOUS = "checkpoints", "last.safetensors", "previous.safetensors"
+FOLDER, NAME, PREVIOUS, GOOD = "checkpoints", "last.safetensors", "previous.safetensors", "good.safetensors"
 MB = 1_000_000
 SPARE_BYTES = 1 * MB  # that stay free on the disk, for the log
 # They decide when is saved, and who decodes where to: not what is learned.
@@ -63,8 +67,17 @@ def has_checkpoint(run: Path) -> bool:
 def remove_checkpoints(run: Path) -> None:
     """Of a run that is complete."""
     remove_unfinished(run / FOLDER / NAME)
-    for name in (PREVIOUS, NAME):
+    for name in (GOOD, PREVIOUS, NAME):
         (run / FOLDER / name).unlink(missing_ok=True)
+
+
+def leave_good_checkpoint(run: Path) -> None:
+    """After a collapse: where one is known to be good, it becomes the last, and the others go."""
+    folder = run / FOLDER
+    if (folder / GOOD).is_file():
+        (folder / PREVIOUS).unlink(missing_ok=True)
+        (folder / GOOD).replace(folder / NAME)
+        (folder / GOOD).unlink(missing_ok=True)
 
 
 def settings_digest(plain: Mapping[str, Any]) -> str:
@@ -120,8 +133,9 @@ class Checkpoint:
 class Checkpoints:
     """The checkpoints of one run. What cannot be saved stops no training: it is said once, and again when saving works.
 
-    `every_s`: between two of them, at least. `max_mb` is of the whole folder, the file being written included: where three files do
-    not fit, the previous one is not kept, and where two do not, nothing is saved. `newest`: what a resumed run would go on from.
+    `every_s`: between two of them, at least. `max_mb` is of the whole folder, the file being written included: where four files do not
+    fit, the good one is not kept, where three do not, the previous one, and where two do not, nothing is saved. `newest`: what a resumed
+    run would go on from.
     """
 
     def __init__(self, run: Path, every_s: float, max_mb: float, say: Callable[[str], None]) -> None:
@@ -131,6 +145,7 @@ class Checkpoints:
         self._tried_s = time.monotonic()
         self._said: set[str] = set()
         self._is_last_whole = False  # a damaged one must not take the place of the previous one
+        self._is_last_open = False  # whether `vouch` has not been called for it
 
     @property
     def are_due(self) -> bool:
@@ -159,11 +174,23 @@ class Checkpoints:
             if "problem" in self._said:
                 self._said.remove("problem")
                 self._say(f"checkpoints can be saved again; this one is of {position}")
-            self.newest, self._is_last_whole = position, True
+            self.newest, self._is_last_whole, self._is_last_open = position, True, 4 * need <= self.max_mb * MB
             return True
         earlier = "there is none yet" if self.newest is None else f"the last one is of {self.newest}"
         self._say_once("problem", f"no checkpoint at {position}: {self._problem}; training goes on, {earlier}")
         return False
+
+    def vouch(self) -> None:
+        """The guards have looked since the last checkpoint was saved, and found the run sound: that one is good."""
+        if not self._is_last_open:
+            return
+        self._is_last_open = False
+        temporary = self.folder / f".{GOOD}.tmp"
+        with contextlib.suppress(OSError):  # a file system that knows no links keeps the newest ones alone
+            temporary.unlink(missing_ok=True)
+            temporary.hardlink_to(self.folder / NAME)
+            temporary.replace(self.folder / GOOD)
+            temporary.unlink(missing_ok=True)  # a rename to another name of the same file does nothing
 
     def load(self, config_sha256: str, manifest_sha256: str) -> Checkpoint | None:
         """The newest whole checkpoint, or None where there is none; a damaged one is said.
@@ -204,6 +231,8 @@ class Checkpoints:
         path, previous = self.folder / NAME, self.folder / PREVIOUS
         remove_unfinished(path)
         keeps_two = 3 * need <= limit
+        if 4 * need > limit:
+            (self.folder / GOOD).unlink(missing_ok=True)
         if not keeps_two:
             if self._is_last_whole:  # else the one before it is all there is, until the new one is written
                 previous.unlink(missing_ok=True)

@@ -7,28 +7,31 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from trainer.guards import ClusterGuard
+from trainer.distance import nearest
+from trainer.guards import ClusterGuard, effective_number
 from trainer.stage import figures_of, figures_state
 
 
 class Convergence:
     """Churn is measured over at least `interval_steps` (an epoch, as a rule), twice in a row below `tol`: few steps move few labels anyway.
 
-    `state` and `load_state` are what a checkpoint keeps; `figures` is the log's.
+    `state` and `load_state` are what a checkpoint keeps; `figures` is the log's; `looks` counts those that the guards let pass.
     """
 
-    KEYS: ClassVar = ("reference", "reference_step", "quiet", "churn", "spread", "empty_refreshes")
+    KEYS: ClassVar = ("reference", "reference_step", "quiet", "churn", "spread", "n_eff", "empty_refreshes", "looks")
 
     def __init__(self, n: int, n_clusters: int, tol: float, interval_steps: int) -> None:
         self.n_clusters, self.tol, self.interval_steps = n_clusters, tol, interval_steps
         self.reference = torch.zeros(n, dtype=torch.int64)
         self.reference_step, self.quiet, self.churn = -1, 0, 1.0
-        self.spread, self.empty_refreshes = 0.0, 0
+        self.spread, self.n_eff, self.empty_refreshes, self.looks = 0.0, float(n_clusters), 0, 0
         self._figures: dict[str, float] = {}
 
-    def begin(self, z: Tensor) -> None:
-        """Notes the spread of the embeddings z (N, D) before clustering, which the guards compare with."""
+    def begin(self, z: Tensor, mu: Tensor | None = None) -> None:
+        """Notes what the guards compare with: the spread of the embeddings z (N, D), and how evenly centroids mu (K, D) found in them share them."""
         self.spread = float(z.var(0, unbiased=False).sum())
+        if mu is not None:
+            self.n_eff = float(effective_number(self._one_hot(nearest(z, mu)[0], z)))
 
     def check(self, z: Tensor) -> None:
         """Whether embeddings z (N, D) can be clustered at all; before k-means, which would blame the images.
@@ -36,7 +39,7 @@ class Convergence:
         Raises:
             CollapseError: naming the guard.
         """
-        ClusterGuard(self.n_clusters, self.spread).check_embeddings(z)
+        self._guard().check_embeddings(z)
 
     def look(self, q: Tensor, z: Tensor, mu: Tensor, step: int) -> None:
         """Takes one refresh: q (N, K) soft, or labels (N,); z (N, D); mu (K, D).
@@ -44,11 +47,18 @@ class Convergence:
         Raises:
             CollapseError: naming the guard.
         """
-        soft = q if q.ndim == 2 else torch.nn.functional.one_hot(q, self.n_clusters).to(z.dtype)
-        guard = ClusterGuard(self.n_clusters, self.spread, self.empty_refreshes)
+        soft = q if q.ndim == 2 else self._one_hot(q, z)
+        guard = self._guard()
         self._figures = guard.figures(soft, z, mu)
         self.empty_refreshes = guard.empty_refreshes
+        self.looks += 1
         self._measure_churn(soft.argmax(1), step)
+
+    def _guard(self) -> ClusterGuard:
+        return ClusterGuard(self.n_clusters, self.spread, self.n_eff, self.empty_refreshes)
+
+    def _one_hot(self, labels: Tensor, z: Tensor) -> Tensor:
+        return torch.nn.functional.one_hot(labels, self.n_clusters).to(z.dtype)
 
     def _measure_churn(self, labels: Tensor, step: int) -> None:
         if self.reference_step >= 0:

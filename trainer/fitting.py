@@ -22,7 +22,14 @@ from trainer import ranks
 from trainer.artifact import COLLAPSED, METRICS, Run, build_model, load_run, save_run, write_config
 from trainer.autoencoder import Recipe, SharedAutoencoder
 from trainer.bank.fitting import check_bank, equip
-from trainer.checkpoint import Checkpoints, Position, has_checkpoint, remove_checkpoints, settings_digest
+from trainer.checkpoint import (
+    Checkpoints,
+    Position,
+    has_checkpoint,
+    leave_good_checkpoint,
+    remove_checkpoints,
+    settings_digest,
+)
 from trainer.codebook import Embedded, cluster_table, finish, set_calibration
 from trainer.data import Dataset, load_dataset, open_dataset
 from trainer.denormals import denormals_as_zero
@@ -30,6 +37,7 @@ from trainer.encoders.weights import with_digests
 from trainer.errors import CollapseError, DataError
 from trainer.frozen_features import frozen_features
 from trainer.golden import choose, save_images
+from trainer.guards import check_embeddings_finite, empty_clusters
 from trainer.images import open_images
 from trainer.learner import SCRATCH, Learner, LearnerOptions, Supervision
 from trainer.loop import Loop, append_metrics
@@ -110,13 +118,18 @@ def _fit(settings: TrainSettings, folder: Path, options: FitOptions) -> Run:
     learner, frozen = _prepare(settings, (dataset, split), device, folder)
     try:
         method, earlier_s = _train(settings, learner, (dataset, split), folder, options)
+        run, outcome = _finish(settings, method, frozen, (dataset, split), options.progress.say)
     except CollapseError as error:
         if together.is_first:
+            leave_good_checkpoint(folder)
             append_metrics(folder, {"stage": COLLAPSED, "guard": error.guard, "why": str(error)})
         raise
-    run, outcome = _finish(settings, method, frozen, (dataset, split), options.progress.say)
     run.metrics |= method.figures()  # the same dictionary as run.info["metrics"]
-    run.info["train"] |= {"warnings": method.warnings(), "refusal": method.refusal(), "processes": together.count}
+    run.info["train"] |= {
+        "warnings": [*method.warnings(), *empty_clusters(run.clusters)],
+        "refusal": method.refusal(),
+        "processes": together.count,
+    }
     if together.is_first:
         with ranks.alone():
             _write(run, method, outcome, folder, options.progress.say)
@@ -275,6 +288,7 @@ def _finish(
     dataset, split = data
     model = method.learner.model.eval()
     seen = Seen(model.embed_dataset(dataset.pixels) if frozen is None else model.embed_frozen(frozen))
+    check_embeddings_finite(seen.z)  # the last step of a stage is followed by nobody's look, where its method has none
     bank, model.bank = ranks.current().same(lambda: (equip(model, settings, data, seen, say), model.bank))
     if model.bank is not None:
         seen = model.see(dataset.pixels)

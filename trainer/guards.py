@@ -1,16 +1,18 @@
-"""Guards that stop a training run which more epochs will not mend; each names itself. The last good checkpoint stays."""
+"""Guards that stop a training run which more epochs will not mend; each names itself. The last good checkpoint stays (checkpoint.py)."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from trainer.errors import CollapseError
 
-MIN_EFFECTIVE_SHARE = 0.5  # of K
+MIN_EFFECTIVE_SHARE = 0.5  # of the effective number at the start
 MIN_EFFECTIVE = 1.05  # of two clusters, one then holds 99 %
 MAX_EMPTY_REFRESHES = 3
 MIN_SPREAD_SHARE = 0.01  # of the spread before clustering
@@ -26,12 +28,37 @@ def check_finite(loss: float, stage: str, epoch: int) -> None:
         )
 
 
+def check_embeddings_finite(z: Tensor) -> Tensor:
+    """Gives back z (N, D): asked before k-means, which would find few different rows in it and blame the images.
+
+    Raises:
+        CollapseError: a value is NaN or infinite.
+    """
+    if not bool(torch.isfinite(z).all()):
+        raise CollapseError(
+            "guard nan",
+            "the embeddings hold values that are not finite; lower the learning rate (pretrain.optimizer.lr, method.optimizer.lr)",
+        )
+    return z
+
+
+def empty_clusters(clusters: Sequence[Mapping[str, Any]]) -> list[str]:
+    """A warning where a finished run's table of clusters shows some without an image; a single look is not enough for a guard."""
+    empty = [cluster["name"] for cluster in clusters if cluster["n"] == 0]
+    return [f"no image in {', '.join(empty)}: lower method.n_clusters ({len(clusters)})"] if empty else []
+
+
 @dataclass
 class ClusterGuard:
-    """Watches soft assignments between refreshes. `spread`: trace of the embeddings' covariance before clustering."""
+    """Watches soft assignments between refreshes.
+
+    `spread`: trace of the embeddings' covariance before clustering; `n_eff`: effective number of the clusters then, where they came from
+    the data (a set of mostly one kind fills few of them from the start), else K.
+    """
 
     n_clusters: int
     spread: float
+    n_eff: float
     empty_refreshes: int = field(default=0)
 
     def check_embeddings(self, z: Tensor) -> float:
@@ -40,14 +67,13 @@ class ClusterGuard:
         Raises:
             CollapseError: naming the guard.
         """
-        spread = float(z.var(0, unbiased=False).sum())
-        if not math.isfinite(spread):
-            raise CollapseError("guard nan", "the embeddings hold values that are not finite; lower the learning rate")
+        spread = float(check_embeddings_finite(z).var(0, unbiased=False).sum())
         if spread < MIN_SPREAD_SHARE * self.spread:
             raise CollapseError(
                 "guard spread",
                 f"the embeddings' variance fell to {spread / self.spread:.2%} of its start; "
-                f"the encoder maps everything to one point; lower method.clustering_weight or the learning rate",
+                f"the encoder maps everything to one point; lower method.optimizer.lr, or the weight of the clustering loss where the method "
+                f"has one",
             )
         return spread
 
@@ -67,22 +93,23 @@ class ClusterGuard:
             raise CollapseError(
                 "guard nan", "the soft assignments hold values that are not finite; lower the learning rate"
             )
-        if self.n_clusters > 1 and n_eff < max(MIN_EFFECTIVE_SHARE * self.n_clusters, MIN_EFFECTIVE):
+        if self.n_clusters > 1 and n_eff < max(MIN_EFFECTIVE_SHARE * self.n_eff, MIN_EFFECTIVE):
             raise CollapseError(
                 "guard n_eff",
-                f"the mean assignment fills only {n_eff:.1f} of {self.n_clusters} clusters; "
-                f"use fewer clusters, a better pre-training, a lower learning rate or a lower method.clustering_weight",
+                f"the mean assignment fills only {n_eff:.1f} of {self.n_clusters} clusters, expected at least half of {self.n_eff:.1f}; lower "
+                f"method.n_clusters, method.optimizer.lr or the weight of the clustering loss where the method has one, or pre-train longer "
+                f"(pretrain.epochs)",
             )
         if self.empty_refreshes >= MAX_EMPTY_REFRESHES:
             raise CollapseError(
                 "guard empty",
-                f"{empty} cluster(s) stayed empty for {MAX_EMPTY_REFRESHES} refreshes; use fewer clusters",
+                f"{empty} cluster(s) stayed empty for {MAX_EMPTY_REFRESHES} refreshes; lower method.n_clusters",
             )
         if self.n_clusters > 1 and float(gaps.min()) < MIN_CENTRE_SHARE * float(gaps.median()):
             raise CollapseError(
                 "guard centres",
                 f"two centroids lie {float(gaps.min()):.3g} apart, the median pair {float(gaps.median()):.3g}; "
-                f"use fewer clusters",
+                f"lower method.n_clusters",
             )
         return {"n_eff": n_eff, "smallest": float(counts.min()), "spread": spread}
 

@@ -14,6 +14,7 @@ from trainer import ranks
 from trainer.augment import AugmentSettings, augment
 from trainer.errors import DataError
 from trainer.feature_store import FeatureStore
+from trainer.guards import check_embeddings_finite
 from trainer.model import PREDICT_BATCH, ClusterModel, evaluating
 from trainer.precision import Format, Precision
 from trainer.stored_pixels import Pixels, StoredPixels
@@ -161,7 +162,8 @@ class Learner:
     def clean_latents(self, index: Tensor) -> Tensor:
         """Embeddings in cluster space (B, D) of samples `index` as they are."""
         share = self.share(index)
-        return self._to_latents(self.whole(self._head(self._clean(share.index)), share))
+        with evaluating(self.model.encoder):  # else batch norm's statistics would follow each batch twice
+            return self._to_latents(self.whole(self._head(self._clean(share.index)), share))
 
     def reconstruct(self, index: Tensor) -> tuple[Tensor, Tensor]:
         """Embeddings in cluster space (B, D), and the squared error of the reconstruction (B,), summed over an image's elements."""
@@ -181,7 +183,11 @@ class Learner:
 
     @torch.no_grad()
     def all_features(self, as_trained: bool = False) -> Tensor:
-        """Features (N, F) of all training samples as they are, in eval mode; `as_trained`: in the precision of training batches."""
+        """Features (N, F) of all training samples as they are, in eval mode; `as_trained`: in the precision of training batches.
+
+        Raises:
+            CollapseError: they are not finite.
+        """
         found = torch.empty(0)
         # Entered once: autocast then turns each weight once, not once per batch.
         with self.autocast() if as_trained else contextlib.nullcontext():
@@ -189,7 +195,7 @@ class Learner:
                 if not len(found):  # made once: joined from batches they would be held twice
                     found = rows.new_empty(len(self), rows.shape[1])
                 found[index] = rows
-        return found
+        return check_embeddings_finite(found)
 
     @torch.no_grad()
     def feature_batches(self) -> Iterator[tuple[Tensor, Tensor]]:

@@ -51,6 +51,7 @@ class Loop:
         self.checkpoints, self.origin = checkpoints, origin
         self._loss_sum = torch.zeros((), device=learner.device)  # of the epoch so far
         self._is_log_whole = True
+        self._looks = method.looks  # when the last checkpoint was saved
         self.interrupted = threading.Event()
         self.ranks = ranks.current()
         self._all_leave = False
@@ -72,6 +73,8 @@ class Loop:
             self._loss_sum.fill_(checkpoint.position.loss_sum)
         elif number:
             self._save(number, stage, 0, optimizer)  # a stage that collapses leaves what it started from
+            if self.method.looks is not None and self.ranks.is_first:
+                self.checkpoints.vouch()  # at the latest: the guards measure by it
         self.progress.stage(stage.name, stage.epochs, first // steps)
         for epoch in range(first // steps, stage.epochs):
             started_s = time.monotonic()
@@ -80,6 +83,7 @@ class Loop:
             loss = self._epoch(number, stage, optimizer, epoch, steps, first % steps if epoch == first // steps else 0)
             guards.check_finite(loss, stage.name, epoch)
             report = stage.after_epoch(epoch)
+            self._vouch()
             figures = {
                 "loss": loss,
                 **report.figures,
@@ -132,6 +136,7 @@ class Loop:
                     self._save(number, stage, step, optimizer)
             torch.manual_seed(_mix(self.learner.seed, number, step, 1))
             stage.before_step(step)
+            self._vouch()
             if position + 1 < steps:
                 self.learner.announce(batches[position + 1])
             with named_when_out_of_memory(stage, optimizer, batches[position]):
@@ -185,6 +190,12 @@ class Loop:
                 self.origin, stage=number, step=step, name=stage.name, loss_sum=float(self._loss_sum)
             )
             self.checkpoints.save(position, training_state(self.learner, self.method, optimizer))
+            self._looks = self.method.looks
+
+    def _vouch(self) -> None:
+        """Where the guards have looked since the last checkpoint, it is good."""
+        if self.ranks.is_first and self.method.looks != self._looks:
+            self.checkpoints.vouch()
 
     @contextlib.contextmanager
     def interruptible(self) -> Iterator[None]:

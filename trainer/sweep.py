@@ -17,7 +17,6 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.stats import rankdata
 from sklearn.metrics import adjusted_rand_score
 
 from configs import ConfigError
@@ -207,7 +206,7 @@ def _rank(fitted: list[_Fitted], space: NDArray[np.float32]) -> list[SweepRow]:
     rows = [_figures(one, [other for other in sound if other is not one], space) for one in sound]
     # Higher is better; a value that is not there (one cluster has no silhouette) ranks last.
     values = np.array([[_or_lowest(getattr(row, key)) for key in CRITERIA] for row in rows])
-    ranks = rankdata(-np.round(values / MARGIN), axis=0).mean(1)
+    ranks = ranks_with_ties(values).mean(1)
     better = (values > values[0] + MARGIN).sum(1) >= 2
     rows = [
         replace(row, mean_rank=float(rank), beats_control=bool(beats) if n else None)
@@ -217,6 +216,12 @@ def _rank(fitted: list[_Fitted], space: NDArray[np.float32]) -> list[SweepRow]:
         SweepRow(one.variant.name, one.variant.settings.method.name, failed=one.failed) for one in fitted if one.failed
     ]
     return [rows[0], *sorted(rows[1:], key=lambda row: row.mean_rank or 0.0), *failed]
+
+
+def ranks_with_ties(values: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Ranks (R, C) of the rows of `values` (R, C) in each column, the highest first: 1 + better rows + half of those within MARGIN."""
+    gaps = values[None] - values[:, None]
+    return np.asarray(1 + (gaps > MARGIN).sum(1) + ((np.abs(gaps) <= MARGIN).sum(1) - 1) / 2)
 
 
 def _or_lowest(value: float | None) -> float:

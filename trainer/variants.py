@@ -23,6 +23,7 @@ from trainer.settings import TrainSettings
 from trainer.trials import changed
 
 CONTROL = "ae_kmeans"
+FIXED = ("train.seed", "method.n_clusters")  # of all rows of a sweep
 # What a method needs to work on features as they come, where its defaults are those of its paper.
 STARTS: dict[str, dict[str, Any]] = {
     "length_scale": {"length_scale": "auto", "optimizer": {"kind": "adam", "lr": 0.001}},
@@ -79,10 +80,11 @@ def parse_grid(items: Sequence[str]) -> dict[str, Range | list[Any]]:
     space: dict[str, Range | list[Any]] = {}
     for item in items:
         key, equals, text = item.partition("=")
-        if not equals or not key or not text or key == "train.seed" or key.split(".")[0] == "data":
+        if not equals or not key or not text or key in FIXED or key.split(".")[0] == "data":
             raise ConfigError(
                 [
-                    f"--grid {item}: expected key.subkey=value,value or low..high (not of data or train.seed: every row gets the same images and seeds)"
+                    f"--grid {item}: expected key.subkey=value,value or low..high (not of data or {', '.join(FIXED)}: every row gets "
+                    f"the same images, seeds and number of clusters; for that there is select-k)"
                 ]
             )
         bounds = re.fullmatch(r"([0-9.e+-]+?)\.\.([0-9.e+-]+)", text)
@@ -129,6 +131,10 @@ def with_method(settings: TrainSettings, name: str) -> TrainSettings:
     trains = "optimizer" in METHODS[name].Settings.model_fields
     if trains and settings.projection.kind != "none" and is_frozen(settings):
         changes["projection.learn"] = True  # else there is nothing that the method could move
+    if name == CONTROL and settings.pretrain.kind == "none" and settings.encoder.name != "pretrained":
+        changes["pretrain.kind"] = (
+            "end_to_end"  # of a method from scratch: an encoder that nothing has trained is no control
+        )
     return changed(settings, changes, f"--methods {name}")
 
 

@@ -35,12 +35,12 @@ def write_blobs(path: Path, per_kind: int = 80, seed: int = 0) -> Path:
     return path
 
 
-def blob_learner(per_kind: int = 20, **options: Any) -> Learner:
-    """An untrained MLP encoder of 6 features on warped blobs, centroids by k-means."""
+def blob_learner(per_kind: int = 20, tiles: int = 1, **options: Any) -> Learner:
+    """An untrained MLP encoder of 6 features on warped blobs, centroids by k-means; each image `tiles` times beside and below itself."""
     torch.manual_seed(0)
-    images, _ = warped_blobs(per_kind)
-    preprocess = Preprocess(PreprocessSettings(color="gray"), SIDE_PX, SIDE_PX)
-    encoder = MLPEncoder(MLPSettings(hidden=(16,), dim=6), (1, SIDE_PX, SIDE_PX))
+    images, side_px = np.tile(warped_blobs(per_kind)[0], (1, tiles, tiles)), SIDE_PX * tiles
+    preprocess = Preprocess(PreprocessSettings(color="gray"), side_px, side_px)
+    encoder = MLPEncoder(MLPSettings(hidden=(16,), dim=6), (1, side_px, side_px))
     model = ClusterModel(preprocess, encoder, Projection(ProjectionSettings(), 6, len(images)), KINDS)
     pixels = torch.from_numpy(images)[..., None]
     preprocess.fit_normalise(pixels)

@@ -1,7 +1,9 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -9,12 +11,14 @@ import numpy as np
 import pytest
 import yaml
 from safetensors.numpy import load_file
+from safetensors.torch import save_file
 
 from configs import ConfigError, load_text
-from tests.trainer.learning import write_blobs
+from tests.trainer.learning import warped_blobs, write_blobs
 from tests.trainer.test_checkpoint import Listening
 from trainer import FitOptions, Run, fit
 from trainer.autoencoder import NAME
+from trainer.encoders.pretrained import SqueezeNet
 from trainer.errors import ArtifactError, DataError
 from trainer.settings import TrainSettings
 
@@ -140,6 +144,23 @@ def test_the_yaml_key_is_from_and_makes_no_sense_without_pretraining(blobs: Path
         load_text(TrainSettings, text.replace("{epochs: 3}", "{kind: none, from: runs/a}"), "a.yaml")
     with pytest.raises(ConfigError, match="did you mean 'from'"):
         load_text(TrainSettings, text.replace("{epochs: 3}", "{epochs: 3, fro: runs/a}"), "a.yaml")
+
+
+def test_a_frozen_encoder_has_none_to_take_and_says_so(tmp_path: Path) -> None:
+    np.savez(tmp_path / "set.npz", X=warped_blobs(per_kind=4)[0])
+    save_file(SqueezeNet(1, ("fire9",)).state_dict(), tmp_path / "weights.safetensors")
+    document = yaml.safe_load(TEXT.format(path=tmp_path / "set.npz"))
+    document["encoder"] = {"name": "pretrained", "weights": str(tmp_path / "weights.safetensors"), "layers": ["fire2"]}
+    document["preprocess"] = {"height_px": 32, "width_px": 32, "color": "gray"}
+    for source, text in (
+        (None, ""),
+        (str(tmp_path / "other"), "pretrain.from is .*other, but encoder pretrained is frozen"),
+    ):
+        document["pretrain"] = {} if source is None else {"from": source}
+        wanted = load_text(TrainSettings, yaml.safe_dump(document), "frozen.yaml")
+        with pytest.raises(DataError, match=text) if source else nullcontext():
+            fit(wanted, FitOptions(out=tmp_path / "run"))
+        shutil.rmtree(tmp_path / "run")
 
 
 def test_an_autoencoder_that_cannot_be_written_does_not_cost_the_run(blobs: Path, tmp_path: Path) -> None:

@@ -1,14 +1,18 @@
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from tests.trainer.learning import KINDS, blob_learner
+from configs import load_text
+from tests.trainer.learning import KINDS, blob_learner, write_blobs
+from trainer import FitOptions, fit
 from trainer.distance import squared_distances
 from trainer.methods.centering import Centering, CenteringSettings
 from trainer.methods.dkm import soft_kmeans_loss
+from trainer.settings import TrainSettings
 
 INDEX = torch.arange(12)
 
@@ -43,6 +47,17 @@ def test_an_epochs_end_finds_the_centroids_anew_and_keeps_their_ids(algorithm: s
     method.stages()[0].begin()
     method.after_epoch(0)
     assert torch.equal(squared_distances(mu.detach(), good).argmin(1), torch.arange(KINDS))
+
+
+def test_it_learns_from_scratch_as_well(tmp_path: Path) -> None:
+    text = (
+        f"data: {{path: {write_blobs(tmp_path / 'blobs.npz')}}}\n"
+        "preprocess: {resize: none, color: gray}\nencoder: {name: mlp, hidden: [64], dim: 6}\npretrain: {kind: none}\nnovelty: none\n"
+        "method: {name: centering, n_clusters: 5, epochs: 30, init: random, optimizer: {kind: adam, lr: 0.001}}\n"
+        "train: {batch_size: 64, device: cpu}\n"
+    )
+    run = fit(load_text(TrainSettings, text, "scratch.yaml"), FitOptions(out=tmp_path / "run"))
+    assert run.metrics["acc"] > 0.9
 
 
 def test_random_centroids_are_samples() -> None:

@@ -19,11 +19,13 @@ from tests.trainer.test_fitting import dec
 from trainer import FitOptions, fit
 from trainer.checkpoint import (
     FOLDER,
+    GOOD,
     NAME,
     PREVIOUS,
     Checkpoints,
     Position,
     has_checkpoint,
+    leave_good_checkpoint,
     settings_digest,
     training_state,
 )
@@ -188,6 +190,39 @@ def test_a_state_that_grows_over_the_limit_leaves_the_last_one_that_fitted(tmp_p
     assert "the last one is of stage dec, step 0" in said[0] and "goes back to stage dec, step 0" in checkpoints.outcome
     found = checkpoints.load("c" * 64, "m" * 64)
     assert found is not None and found.position.step == 0
+
+
+def kept_after_a_collapse(run: Path, vouched: bool, max_mb: float = 100) -> int:
+    """The step of the checkpoint that is left of three, of which the guards may have vouched for the first."""
+    checkpoints = saved(run, [1], max_mb)
+    for step in (1, 2):
+        if vouched and step == 1:
+            checkpoints.vouch()
+        checkpoints.save(replace(PLACE, step=step), some(step))
+    leave_good_checkpoint(run)
+    found = checkpoints.load("c" * 64, "m" * 64)
+    assert found is not None
+    return found.position.step
+
+
+def test_after_a_collapse_the_one_that_a_guard_vouched_for_is_left(tmp_path: Path) -> None:
+    assert kept_after_a_collapse(tmp_path / "good", vouched=True) == 0
+    assert [path.name for path in (tmp_path / "good" / FOLDER).iterdir()] == [NAME]
+    assert kept_after_a_collapse(tmp_path / "unknown", vouched=False) == 2
+    need = sum(value.nbytes for value in some(0).values()) / 1e6
+    assert (
+        kept_after_a_collapse(tmp_path / "small", vouched=True, max_mb=3.9 * need) == 2
+    )  # a fourth file would not fit
+
+
+def test_the_newest_is_the_good_one_where_nothing_was_saved_since(tmp_path: Path) -> None:
+    checkpoints = saved(tmp_path, [1, 2])
+    checkpoints.vouch()
+    assert sorted(path.name for path in (tmp_path / FOLDER).iterdir()) == [GOOD, NAME, PREVIOUS]
+    leave_good_checkpoint(tmp_path)
+    assert [path.name for path in (tmp_path / FOLDER).iterdir()] == [NAME]
+    found = checkpoints.load("c" * 64, "m" * 64)
+    assert found is not None and found.position.step == 1
 
 
 def test_a_model_that_is_not_finite_does_not_replace_one_that_is(tmp_path: Path) -> None:

@@ -3,9 +3,14 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tests.trainer.learning import KINDS, blob_learner
+from tests.trainer.learning import KINDS, SIDE_PX, blob_learner, warped_blobs
 from trainer.clustering.mini_batch import updated
+from trainer.encoders.conv import ConvEncoder, ConvSettings
+from trainer.learner import Learner, LearnerOptions
 from trainer.methods.dcn import DCN, DCNSettings
+from trainer.model import ClusterModel
+from trainer.preprocess import Preprocess, PreprocessSettings
+from trainer.projection import Projection, ProjectionSettings
 
 
 def test_a_batch_of_running_means_equals_one_sample_after_the_other() -> None:
@@ -20,6 +25,21 @@ def test_a_batch_of_running_means_equals_one_sample_after_the_other() -> None:
     batch, total = (value.float() for value in updated(mu.double(), counts.double(), z, labels))
     assert torch.allclose(batch, sequential, atol=1e-5) and torch.equal(total, c)
     assert torch.equal(batch[3], mu[3])
+
+
+def test_the_pass_that_labels_a_batch_leaves_batch_norm_to_the_training_pass() -> None:
+    images, _ = warped_blobs(20)
+    preprocess = Preprocess(PreprocessSettings(color="gray"), SIDE_PX, SIDE_PX)
+    encoder = ConvEncoder(ConvSettings(dim=6, channels=(2, 2, 2), batch_norm=True), (1, SIDE_PX, SIDE_PX))
+    model = ClusterModel(preprocess, encoder, Projection(ProjectionSettings(), 6, len(images)), KINDS)
+    pixels = torch.from_numpy(images)[..., None]
+    preprocess.fit_normalise(pixels)
+    learner = Learner(model.train(), pixels, LearnerOptions(0))
+    learner.latents(torch.arange(16))  # the step's own pass
+    seen = [int(buffer) for name, buffer in encoder.named_buffers() if "num_batches" in name]
+    as_they_ship = learner.all_latents()[:16]
+    assert torch.allclose(learner.clean_latents(torch.arange(16)), as_they_ship, atol=1e-5) and encoder.training
+    assert [int(buffer) for name, buffer in encoder.named_buffers() if "num_batches" in name] == seen == [1, 1, 1]
 
 
 def test_the_loss_is_the_papers_by_hand() -> None:

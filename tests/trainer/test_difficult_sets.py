@@ -7,7 +7,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from safetensors.torch import save_file
+import torch
+from safetensors.torch import load_file, save_file
 
 from configs import ConfigError, load_text
 from tests.trainer.learning import warped_blobs
@@ -112,26 +113,124 @@ def test_identical_images_that_embed_in_batches_of_different_size_are_still_one(
         fitted(np.repeat(warped_blobs(per_kind=1)[0][:1], 257, 0), "ae_kmeans", 2, tmp_path)
 
 
-def test_a_method_that_has_nothing_to_move_says_which_setting_is_missing(tmp_path: Path) -> None:
-    np.savez(tmp_path / "set.npz", X=warped_blobs(per_kind=4)[0])
-    save_file(SqueezeNet(1, ("fire9",)).state_dict(), tmp_path / "weights.safetensors")
-    encoder = f"{{name: pretrained, weights: {tmp_path / 'weights.safetensors'}, layers: [fire2]}}"
-    text = TEXT.format(path=tmp_path / "set.npz", method=method("dekm", 3)).replace(
-        "{name: mlp, hidden: [16], dim: 6}", encoder
+def on_pretrained_features(folder: Path, name: str, trainable: bool) -> Run:
+    """A SqueezeNet of random weights, cut short."""
+    torch.manual_seed(0)
+    np.savez(folder / "set.npz", X=warped_blobs(per_kind=4)[0])
+    save_file(SqueezeNet(1, ("fire9",)).state_dict(), folder / "weights.safetensors")
+    encoder = (
+        f"{{name: pretrained, weights: {folder / 'weights.safetensors'}, layers: [fire2], trainable: {trainable}}}"
+    )
+    text = TEXT.format(path=folder / "set.npz", method=f"{{name: {name}, n_clusters: 3, epochs: 2}}")
+    text = text.replace("{name: mlp, hidden: [16], dim: 6}", encoder).replace(
+        "pretrain: {epochs: 3}", "pretrain: {kind: none}"
     )
     text = text.replace("{resize: none, color: gray}", "{height_px: 32, width_px: 32, color: gray}")
+    return fit(load_text(TrainSettings, text, "features.yaml"), FitOptions(out=folder / "run"))
+
+
+def test_a_method_that_has_nothing_to_move_says_which_setting_is_missing(tmp_path: Path) -> None:
     with pytest.raises(
         DataError, match=r"method\.name is dekm, .* expected a trainable encoder, or projection\.learn: true"
     ):
-        fit(load_text(TrainSettings, text, "frozen.yaml"), FitOptions(out=tmp_path / "run"))
+        on_pretrained_features(tmp_path, "dekm", trainable=False)
+
+
+def test_dec_on_frozen_features_says_that_it_moved_only_centroids(tmp_path: Path) -> None:
+    run = on_pretrained_features(tmp_path, "dec", trainable=False)
+    assert ["method dec moved only the centroids" in text for text in run.info["train"]["warnings"]] == [True]
+
+
+@pytest.mark.parametrize("name", ["dec", "dekm"])
+def test_pretrained_features_are_fine_tuned(name: str, tmp_path: Path) -> None:
+    run = on_pretrained_features(tmp_path, name, trainable=True)
+    before, after = load_file(tmp_path / "weights.safetensors"), run.model.encoder.state_dict()
+    assert not run.info["train"]["warnings"]
+    assert not torch.equal(after["trunk.features.0.weight"], before["features.0.weight"])
+    assert torch.equal(
+        after["trunk.features.12.squeeze.bias"], before["features.12.squeeze.bias"]
+    )  # behind the layer that is used
+
+
+ONE_STEP = {
+    "dec": "epochs: 1",
+    "idec": "epochs: 1",
+    "dcn": "epochs: 1",
+    "dkm": "rounds: 1, epochs_per_alpha: 1",
+    "centering": "epochs: 1",
+    "dekm": "epochs: 1",
+}
+
+
+def fit_blobs(text: str, folder: Path) -> Run:
+    images, kinds = warped_blobs(per_kind=32)
+    np.savez(folder / "set.npz", X=images, y=kinds)
+    settings = load_text(TrainSettings, text.replace("PATH", str(folder / "set.npz")), "wild.yaml")
+    return fit(settings, FitOptions(out=folder / "run"))
+
+
+def with_method(method: str, batch_size: int = 32) -> str:
+    return TEXT.format(path="PATH", method=method).replace("batch_size: 32", f"batch_size: {batch_size}")
+
+
+@pytest.mark.parametrize("name", ONE_STEP)
+def test_a_last_step_that_explodes_is_stopped_though_its_loss_was_finite(name: str, tmp_path: Path) -> None:
+    method = f"{{name: {name}, n_clusters: 5, {ONE_STEP[name]}, optimizer: {{kind: sgd, lr: 1.0e+30}}}}"
+    with pytest.raises(
+        CollapseError, match=r"guard nan: .* not finite; lower the learning rate \(.*method\.optimizer\.lr"
+    ):
+        fit_blobs(with_method(method, batch_size=160), tmp_path)
+
+
+@pytest.mark.parametrize("name", ["ae_kmeans", "smoothed_kmeans", "dec"])
+def test_a_pre_training_whose_last_step_explodes_is_not_blamed_on_the_images(name: str, tmp_path: Path) -> None:
+    text = with_method(f"{{name: {name}, n_clusters: 5}}", batch_size=160)
+    text = text.replace("{epochs: 3}", "{epochs: 1, optimizer: {kind: sgd, lr: 1.0e+30}}")
+    with pytest.raises(CollapseError, match=r"guard nan: .*pretrain\.optimizer\.lr"):
+        fit_blobs(text, tmp_path)
+
+
+def test_what_collapses_after_the_last_refresh_is_seen_as_well(tmp_path: Path) -> None:
+    method = "{name: dec, n_clusters: 5, epochs: 1, refresh_steps: 100, optimizer: {kind: sgd, lr: 30}}"
+    with pytest.raises(CollapseError, match=r"guard n_eff: .* of 5 clusters"):
+        fit_blobs(with_method(method, batch_size=16), tmp_path)
+    assert not (tmp_path / "run" / "model.json").exists()
+
+
+def test_after_a_collapse_the_checkpoint_that_stays_is_one_that_a_guard_found_sound(tmp_path: Path) -> None:
+    method = "{name: dkm, n_clusters: 5, rounds: 6, clustering_weight: 1.0e+6, optimizer: {kind: adam, lr: 0.05}}"
+    text = with_method(method, batch_size=16).replace("device: cpu", "device: cpu, checkpoint_every_s: 0")
+    with pytest.raises(CollapseError, match="guard spread"):
+        fit_blobs(text, tmp_path)
+    assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["last.safetensors"]
+    kept = load_file(tmp_path / "run" / "checkpoints" / "last.safetensors")
+    mu = kept["model.centroids"]
+    assert float(mu.var(0).sum()) > 0.1 * float(kept["method.convergence.spread"])  # it had fallen to a hundredth
+
+
+def nearly_all_alike(folder: Path, name: str, seed: int = 0) -> Run:
+    """98 of 100 images are one, with three clusters for three different pictures."""
+    images = warped_blobs(per_kind=1)[0]
+    np.savez(folder / "set.npz", X=np.concatenate([np.repeat(images[:1], 98, 0), images[1:3]]))
+    extra = {"dkm": ", rounds: 2, epochs_per_alpha: 1", "smoothed_kmeans": "", "ae_kmeans": ""}.get(name, ", epochs: 2")
+    text = TEXT.format(path=folder / "set.npz", method=f"{{name: {name}, n_clusters: 3{extra}}}")
+    text = text.replace("device: cpu", f"device: cpu, seed: {seed}")
+    return fit(load_text(TrainSettings, text, "alike.yaml"), FitOptions(out=folder / "run"))
+
+
+@pytest.mark.parametrize("name", ["ae_kmeans", *ONE_STEP])
+def test_a_set_of_mostly_one_kind_is_no_collapse(name: str, tmp_path: Path) -> None:
+    assert sorted(cluster["n"] for cluster in nearly_all_alike(tmp_path, name).clusters) == [1, 1, 98]
+
+
+def test_parts_too_alike_to_hold_some_out_leave_the_agreement_unknown_and_the_run_whole(tmp_path: Path) -> None:
+    run = nearly_all_alike(tmp_path, "smoothed_kmeans", seed=4)  # which holds one of the two others out
+    assert "agreement" not in run.metrics and "held no parts out" in run.info["train"]["warnings"][0]
 
 
 @pytest.mark.parametrize("name", WILD)
 def test_a_rate_that_throws_everything_together_is_stopped_by_a_guard(name: str, tmp_path: Path) -> None:
-    images, kinds = warped_blobs(per_kind=32)
-    np.savez(tmp_path / "set.npz", X=images, y=kinds)
-    text = TEXT.format(path=tmp_path / "set.npz", method=f"{{name: {name}, n_clusters: 5, {WILD[name]}}}")
     with pytest.raises(CollapseError, match="guard"):
-        fit(load_text(TrainSettings, text, "wild.yaml"), FitOptions(out=tmp_path / "run"))
+        fit_blobs(with_method(f"{{name: {name}, n_clusters: 5, {WILD[name]}}}"), tmp_path)
     assert (tmp_path / "run" / "checkpoints" / "last.safetensors").is_file()
     assert not (tmp_path / "run" / "model.json").exists()

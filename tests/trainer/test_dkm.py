@@ -7,7 +7,7 @@ import torch
 
 from tests.trainer.learning import KINDS, blob_learner
 from trainer.distance import squared_distances
-from trainer.methods.dkm import DKM, DKMSettings, annealed_alphas, soft_kmeans_loss
+from trainer.methods.dkm import DKM, DKMSettings, annealed_alphas, soft_assignment, soft_kmeans_loss
 
 
 def test_the_annealing_is_the_papers() -> None:
@@ -21,6 +21,12 @@ def test_a_sharp_assignment_is_the_nearest_centroid_and_a_flat_one_the_mean_dist
     d2 = torch.tensor([[1.0, 3.0, 8.0], [5.0, 2.0, 2.5]])
     assert float(soft_kmeans_loss(d2, 1000.0)) == pytest.approx((1.0 + 2.0) / 2)
     assert float(soft_kmeans_loss(d2, 0.0)) == pytest.approx((12 / 3 + 9.5 / 3) / 2)
+
+
+def test_the_assignment_itself_is_one_hot_at_the_papers_alpha_and_uniform_at_none() -> None:
+    d2 = torch.tensor([[1.0, 3.0, 8.0], [5.0, 2.0, 2.5]])
+    assert soft_assignment(d2, 1000.0).tolist() == [[1, 0, 0], [0, 1, 0]]
+    assert soft_assignment(d2, 0.0).tolist() == [pytest.approx([1 / 3] * 3)] * 2
 
 
 def test_soft_assignment_by_hand() -> None:
@@ -88,6 +94,28 @@ def test_centroids_that_lost_their_samples_or_met_another_move_to_different_far_
             mu[4] = mu[(lost + 1) % 4]
         assert method.after_epoch(epoch).figures["moved"] == 2.0
         assert float(mu.detach().abs().max()) < 100 and float(torch.pdist(mu.detach()).min()) > 1e-2
+
+
+def test_the_optimizer_forgets_a_centroid_that_was_moved_and_no_other() -> None:
+    learner = blob_learner()
+    method = DKM(DKMSettings(n_clusters=KINDS, epochs_per_alpha=1), learner, 25)
+    method.begin()
+    mu = learner.model.centroids
+    optimizer = method.settings.optimizer.build(method.parameters())
+    method.loss(torch.arange(25)).backward()
+    optimizer.step()
+    with torch.no_grad():
+        mu[2] = 1e3
+    method.after_epoch(0)
+    before = {key: value.clone() for key, value in optimizer.state[mu].items()}
+    method.before_epoch(1, optimizer)
+    for key in ("exp_avg", "exp_avg_sq"):
+        kept = torch.tensor([0, 1, 3, 4])
+        assert float(before[key][2].abs().max()) > 0 and float(optimizer.state[mu][key][2].abs().max()) == 0
+        assert torch.equal(optimizer.state[mu][key][kept], before[key][kept])
+    optimizer.state[mu]["exp_avg"][2] = 1
+    method.before_epoch(2, optimizer)
+    assert float(optimizer.state[mu]["exp_avg"][2].max()) == 1  # once
 
 
 def test_a_healthy_round_and_the_last_one_move_nothing() -> None:

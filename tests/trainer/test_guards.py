@@ -3,6 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from trainer.convergence import Convergence
 from trainer.errors import CollapseError
 from trainer.guards import ClusterGuard, check_finite, effective_number
 
@@ -15,7 +16,7 @@ def healthy() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
 
 def test_a_healthy_clustering_passes_and_reports_its_figures() -> None:
     q, z, mu = healthy()
-    figures = ClusterGuard(4, float(z.var(0, unbiased=False).sum())).figures(q, z, mu)
+    figures = ClusterGuard(4, float(z.var(0, unbiased=False).sum()), 4).figures(q, z, mu)
     assert figures["n_eff"] == pytest.approx(4.0, abs=0.1) and figures["smallest"] == 10
 
 
@@ -26,7 +27,7 @@ def test_effective_number_is_one_when_everything_is_in_one_cluster() -> None:
 def assert_stopped_by(
     guard: str, q: torch.Tensor, z: torch.Tensor, mu: torch.Tensor, spread: float = 1.0, times: int = 1
 ) -> None:
-    watch = ClusterGuard(len(mu), spread)
+    watch = ClusterGuard(len(mu), spread, len(mu))
     for _ in range(times - 1):
         watch.figures(q, z, mu)
     with pytest.raises(CollapseError, match=guard):
@@ -50,6 +51,23 @@ def test_an_empty_cluster_is_tolerated_twice_and_not_a_third_time() -> None:
     q = torch.cat([q[:, :3] + 0.01, torch.full((40, 1), 0.005)], 1)
     q[:, 3] = q[:, :3].max(1).values - 1e-3  # used on average, nearest to nobody
     assert_stopped_by("guard empty", q / q.sum(1, keepdim=True), z, mu, times=3)
+
+
+def test_a_set_of_mostly_one_kind_is_measured_by_what_it_filled_at_the_start() -> None:
+    z = torch.cat(
+        [0.1 * torch.randn(97, 2, generator=torch.Generator().manual_seed(0)), 5 * torch.eye(2), -5 * torch.eye(2)[:1]]
+    )
+    mu = torch.cat([torch.zeros(1, 2), z[97:]])
+    labels = torch.cat([torch.zeros(97, dtype=torch.int64), torch.arange(1, 4)])
+    watch = Convergence(100, 4, 0.0, 1)
+    watch.begin(z, mu)
+    watch.look(labels, z, mu, 0)
+    with pytest.raises(CollapseError, match=r"guard n_eff: .* 1\.0 of 4 clusters, expected at least half of 1\.2"):
+        watch.look(torch.zeros(100, dtype=torch.int64), z, mu, 1)
+    unknown = Convergence(100, 4, 0.0, 1)
+    unknown.begin(z)  # centroids that were not found in the data say nothing of its kinds
+    with pytest.raises(CollapseError, match=r"guard n_eff: .* expected at least half of 4\.0"):
+        unknown.look(labels, z, mu, 0)
 
 
 def test_a_loss_that_is_not_finite_names_stage_and_epoch() -> None:

@@ -23,17 +23,30 @@ def test_gamma_weighs_the_clustering_term_against_an_error_per_element() -> None
     assert high - low == pytest.approx(9.9 * divergence, rel=1e-4)
 
 
-def test_tiling_the_input_leaves_the_balance_of_the_two_terms_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tiling_the_input_leaves_the_balance_of_the_two_terms_as_it_is() -> None:
     # The reduction belongs to gamma: an error summed over elements would grow with the image.
-    learner = blob_learner()
-    method = IDEC(IDECSettings(n_clusters=KINDS), learner, 16)
-    method.begin()
-    method.before_step(0)
-    z, error = learner.reconstruct(INDEX)
-    once = method.loss(INDEX).item()
-    learner.pixels = learner.pixels.repeat(1, 2, 2, 1)
-    monkeypatch.setattr(learner, "reconstruct", lambda index: (z, 4 * error))  # the same error in each of four tiles
-    assert learner.elements == 4 * 64 and method.loss(INDEX).item() == pytest.approx(once, rel=1e-5)
+    small, large = blob_learner(), blob_learner(tiles=2)
+    for learner in (small, large):
+        learner.need_decoder("this test")
+    own, tiled = small.model.encoder.state_dict(), large.model.encoder.state_dict()
+    first = own["layers.0.weight"].unflatten(1, (8, 8))
+    tiled |= own | {"layers.0.weight": first.repeat(1, 2, 2).flatten(1) / 4}  # the same embedding of four equal tiles
+    large.model.encoder.load_state_dict(tiled)
+    assert small.decoder is not None and large.decoder is not None
+    state = small.decoder.state_dict()
+    last = f"layers.{len(state) // 2 - 1}"
+    state[f"{last}.weight"] = state[f"{last}.weight"].unflatten(0, (8, 8)).repeat(2, 2, 1).flatten(0, 1)
+    state[f"{last}.bias"] = state[f"{last}.bias"].unflatten(0, (8, 8)).repeat(2, 2).flatten()
+    large.decoder.load_state_dict(state)
+    large.model.centroids.data.copy_(small.model.centroids.data)
+    losses = []
+    for learner in (small, large):
+        method = IDEC(IDECSettings(n_clusters=KINDS), learner, 16)
+        method.begin()
+        method.before_step(0)
+        losses.append(method.loss(INDEX).item())
+    errors = [learner.reconstruct(INDEX)[1].sum().item() for learner in (small, large)]
+    assert errors[1] == pytest.approx(4 * errors[0], rel=1e-4) and losses[1] == pytest.approx(losses[0], rel=1e-4)
 
 
 def test_centroids_feel_the_clustering_term_alone_and_the_decoder_the_reconstruction_alone() -> None:

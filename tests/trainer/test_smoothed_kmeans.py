@@ -58,6 +58,11 @@ def test_neighbours_by_hand() -> None:
     assert marks.tolist() == [[1, 1, 0, 0], [1, 1, 0, 0], [0, 1, 1, 0], [0, 0, 1, 1]]
 
 
+def test_a_zero_row_has_no_direction_and_is_nobodys_neighbour_before_one_that_points_the_same_way() -> None:
+    z = torch.cat([on_circle(0, 70, 80), torch.zeros(1, 2)])
+    assert neighbours(z, z, 2).toarray()[:3].tolist() == [[1, 1, 0, 0], [0, 1, 1, 0], [0, 1, 1, 0]]  # cos 70 is .34
+
+
 def test_weights_are_the_jaccard_of_shared_neighbours_by_hand() -> None:
     z = on_circle(0, 10, 25, 100)
     marks = neighbours(z, z, 2)

@@ -15,7 +15,7 @@ from trainer import FitOptions, fit, load_run
 from trainer.cli import main
 from trainer.progress import Silent
 from trainer.settings import TrainSettings
-from trainer.sweep import CONTROL_NAME, SweepOptions, sweep
+from trainer.sweep import CONTROL_NAME, SweepOptions, ranks_with_ties, sweep
 from trainer.trials import fit_or_reuse
 from trainer.variants import Range, expand, parse_grid, with_method
 
@@ -88,6 +88,20 @@ def test_a_method_gets_what_features_as_they_come_need(tiny_settings_text: str) 
     assert not with_method(on_features, "smoothed_kmeans").projection.learn  # nothing in it trains
 
 
+def test_the_control_of_a_method_from_scratch_is_pre_trained(tiny_settings_text: str) -> None:
+    scratch = "pretrain: {kind: none}"
+    lines = [scratch if line.startswith("pretrain") else line for line in tiny_settings_text.splitlines()]
+    base = settings("\n".join(lines))
+    assert base.pretrain.kind == "none"
+    assert with_method(base, "ae_kmeans").pretrain.kind == "end_to_end"  # k-means on random weights controls nothing
+    assert with_method(base, "deepcluster").pretrain.kind == "none"
+
+
+def test_ranks_share_a_place_within_the_margin_on_either_side_of_a_round_number() -> None:
+    values = np.array([[0.8124, 1.0], [0.8126, 0.5], [0.9, 0.5], [0.2, 0.0]])
+    assert ranks_with_ties(values).tolist() == [[2.5, 1.0], [2.5, 2.5], [1.0, 2.5], [4.0, 4.0]]
+
+
 def test_a_grid_gives_every_combination_and_a_search_the_same_draws_each_time(tiny_settings_text: str) -> None:
     base = settings(tiny_settings_text)
     grid = parse_grid(["method.epochs=1,2", "method.tol=0,0.1"])
@@ -115,7 +129,8 @@ def test_a_wide_range_is_drawn_over_its_logarithm_and_a_narrow_one_evenly() -> N
         (["decc"], [], None, "did you mean dec?"),
         ([], ["method.epoch=1"], None, "no method of this sweep has such a setting"),
         ([], ["method.epochs"], None, "expected key.subkey=value"),
-        ([], ["train.seed=1,2"], None, "same images and seeds"),
+        ([], ["train.seed=1,2"], None, "same images, seeds and number of clusters"),
+        ([], ["method.n_clusters=3,5"], None, "for that there is select-k"),
         ([], ["method.tol=0.1..0.2"], None, "expected --search N"),
         ([], ["method.tol=0.2..0.1"], 2, "0.2 is not below 0.1"),
         ([], ["method.epochs=-3"], None, "epochs"),

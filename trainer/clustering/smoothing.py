@@ -88,8 +88,13 @@ def distinct(points: Tensor) -> tuple[Tensor, Index]:
 
 
 def neighbours(queries: Tensor, points: Tensor, count: int) -> csr_array:
-    """Marks (M, N) of the `count` points (N, D) most similar to each query (M, D), by cosine, which on unit length is the nearest by distance."""
-    return marks(nearest_neighbours(queries, points, count).ids.cpu().numpy(), len(points))
+    """Marks (M, N) of the `count` points (N, D) most similar to each query (M, D), by cosine; all of unit length, or zero."""
+    return marks(nearest_neighbours(_apart(queries), _apart(points), count).ids.cpu().numpy(), len(points))
+
+
+def _apart(points: Tensor) -> Tensor:
+    """(N, D + 1) of unit length: the nearest is the most similar, and a zero row, which has no direction, is as far from all as a right angle."""
+    return torch.cat((points, (points == 0).all(1, keepdim=True).to(points.dtype)), dim=1)
 
 
 def marks(ids: Index, n: int) -> csr_array:

@@ -55,6 +55,11 @@ class Method:
         )
         self.learner.model.centroids.copy_(result.centroids)
 
+    @property
+    def looks(self) -> int | None:
+        """How often the guards have looked at the clusters and let them pass; None where they never do."""
+        return None
+
     def figures(self) -> dict[str, float]:
         """What the run's metrics say of this method beside the common ones, once it has finished."""
         return {}

@@ -7,7 +7,8 @@ As in the authors' code the counts c start at 100, and every 10 epochs a full k-
 centroids, assignments and counts. Differs from the paper: the centroid update is of a batch at once, with its labels fixed (the
 same result as one by one); all labels are found anew after every epoch, and k-means comes early where a cluster lost its last member;
 it stops when assignments rest; Adam instead of SGD; encoder and decoder do not share weights; inputs in the scale of
-`preprocess.normalise` (authors: 0 to 5.1), which moves the balance that lambda sets.
+`preprocess.normalise` (authors: 0 to 5.1), which moves the balance that lambda sets. The half is the paper's: the authors' code
+has none, so its weights of 1 and 1 are `clustering_weight` 2 here.
 """
 
 from __future__ import annotations

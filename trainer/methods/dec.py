@@ -74,6 +74,16 @@ class DEC(TrainedMethod):
     def _is_frozen(self) -> bool:
         return isinstance(self.settings, DECSettings) and self.settings.freeze_encoder
 
+    def warnings(self) -> list[str]:
+        moves = {id(p) for p in self.parameters()} - {id(self.learner.model.centroids)}
+        if moves or self._is_frozen:
+            return super().warnings()
+        return [
+            *super().warnings(),
+            f"method {self.settings.name} moved only the centroids: encoder {self.learner.model.encoder.settings.name} is frozen; "
+            f"projection.learn: true with projection.kind pca or within lets it move the embeddings",
+        ]
+
     def start(self, z: Tensor) -> None:
         """Fixes the length scale."""
         if self.settings.length_scale == "auto":
@@ -99,7 +109,17 @@ class DEC(TrainedMethod):
         """Every `refresh_steps`: new q, p and labels from a full pass; guards and churn."""
         if step % self.refresh_steps:
             return
-        z = self.learner.all_latents(as_trained=True)  # a refresh is two fifths of an epoch: the whole set, forwards
-        q = torch.cat([self.log_q(part).exp() for part in z.split(8192)])
+        z, q = self._all_assigned()
         self.p = target_distribution(q)
         self.convergence.look(q, z, self.learner.model.centroids, step)
+
+    @torch.no_grad()
+    def end(self) -> None:
+        """The guards' last look, at the labels as they ship: the steps since the last refresh were seen by none."""
+        z, q = self._all_assigned()
+        self.convergence.look(q.argmax(1), z, self.learner.model.centroids, self.epochs * self.steps_per_epoch)
+
+    def _all_assigned(self) -> tuple[Tensor, Tensor]:
+        """Embeddings z (N, D) and q (N, K) of all training samples, in the precision of training: a refresh is two fifths of an epoch."""
+        z = self.learner.all_latents(as_trained=True)
+        return z, torch.cat([self.log_q(part).exp() for part in z.split(8192)])

@@ -76,6 +76,7 @@ class DEKM(TrainedMethod):
         z, mu = self.learner.all_latents(), self.learner.model.centroids
         self.convergence.check(z)
         mu.copy_(recluster(z, mu, self.learner.seed, restarts=0))
+        self.convergence.look(nearest(z, mu)[0], z, mu, self.epochs * self.steps_per_epoch)
 
 
 def within_class_rotation(z: Tensor, mu: Tensor, labels: Tensor) -> Tensor:

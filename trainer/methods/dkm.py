@@ -56,7 +56,7 @@ class DKM(TrainedMethod):
     settings: DKMSettings
     needs_decoder = True
     learns_centroids = True
-    kept = ("unit", "sharpness")
+    kept = ("unit", "sharpness", "reseeded")
 
     def __init__(self, settings: DKMSettings, learner: Learner, batch_size: int) -> None:
         super().__init__(settings, learner, batch_size)
@@ -64,11 +64,21 @@ class DKM(TrainedMethod):
         self.epochs = len(self.alphas) * settings.epochs_per_alpha
         self.convergence = Convergence(len(learner), settings.n_clusters, 0.0, self.steps_per_epoch)
         self.unit, self.sharpness, self.epoch = torch.tensor(1.0), torch.tensor(torch.inf), 0
+        self.reseeded = torch.zeros(settings.n_clusters, dtype=torch.bool, device=learner.device)
 
     def start(self, z: Tensor) -> None:
         """The unit of alpha."""
         if self.settings.scale_alpha:
             self.unit = nearest(z, self.learner.model.centroids)[1].median().clamp_min(1e-12)
+
+    @torch.no_grad()
+    def before_epoch(self, epoch: int, optimizer: torch.optim.Optimizer) -> None:
+        """The optimizer forgets centroids that were moved since the last epoch: its moments belong to where they lay."""
+        mu = self.learner.model.centroids
+        for moment in optimizer.state.get(mu, {}).values():
+            if isinstance(moment, Tensor) and moment.shape == mu.shape:
+                moment[self.reseeded] = 0
+        self.reseeded.fill_(False)
 
     def before_step(self, step: int) -> None:
         """Notes the epoch, which decides alpha."""
@@ -126,6 +136,7 @@ class DKM(TrainedMethod):
         for k in lost.tolist():
             mu[k] = z[d2.argmax()]
             d2 = d2.minimum((z - mu[k]).square().sum(1))
+        self.reseeded[lost] = True
         return len(lost)
 
 

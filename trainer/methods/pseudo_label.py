@@ -80,7 +80,8 @@ class PseudoLabelMethod(StagedMethod):
         """
         if epoch == 0:
             self.spread = features.var(0, unbiased=False).sum()
-        ClusterGuard(self.settings.n_clusters, float(self.spread)).check_embeddings(features)
+        k = self.settings.n_clusters
+        ClusterGuard(k, float(self.spread), k).check_embeddings(features)
 
     def note(self, ids: Tensor, n_clusters: int, epoch: int, figures: dict[str, float]) -> None:
         """Takes the ids (N,) of a clustering with `n_clusters`: the log's figures, the file of ids, the guard.

@@ -10,6 +10,7 @@ left as it was fitted, so novelty is measured in the same space as with ae_kmean
 
 from __future__ import annotations
 
+import contextlib
 from typing import Literal
 
 import torch
@@ -21,6 +22,7 @@ from trainer.clustering.kmeans import KMeansOptions, kmeans
 from trainer.clustering.matching import label_names
 from trainer.clustering.smoothing import Smoothed, SmoothingOptions, extend, smooth
 from trainer.distance import nearest
+from trainer.errors import DataError
 from trainer.learner import Learner
 from trainer.methods.base import Method
 from trainer.methods.staged import SeveralClustersSettings
@@ -60,7 +62,9 @@ class SmoothedKMeans(Method):
         self._figures = {"agreement_train": _share_equal(nearest(z, centroids)[0], labels)}
         held_out = round(self.settings.holdout * len(z))
         if held_out and len(z) - held_out >= 2 * self.settings.n_clusters:
-            self._figures.update(self._agreement(z, labels, held_out))
+            # The parts that stay may be too few different ones for K clusters, where nearly all are alike.
+            with contextlib.suppress(DataError):
+                self._figures.update(self._agreement(z, labels, held_out))
 
     def figures(self) -> dict[str, float]:
         """`agreement` on held-out parts with the smoothed assignment carried to them; `agreement_rerun` with smoothing run again with them in the graph.
@@ -75,7 +79,8 @@ class SmoothedKMeans(Method):
             if not self._figures:
                 return []
             return [
-                f"method smoothed_kmeans held no parts out (method.holdout {self.settings.holdout:g} of {len(self.learner)} parts): "
+                f"method smoothed_kmeans held no parts out (method.holdout {self.settings.holdout:g} of {len(self.learner)} parts, or too few "
+                f"different others): "
                 f"whether a new part gets the cluster that smoothing would give it is not known"
             ]
         if agreement >= self.settings.min_agreement:

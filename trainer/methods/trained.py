@@ -53,7 +53,6 @@ class TrainedMethod(StagedMethod):
             mu.copy_(torch.rand(mu.shape, generator=generator) * 2 - 1)
             return
         z = self.learner.all_latents()
-        self.convergence.check(z)
         order = torch.randperm(len(z), generator=generator).to(z.device)
         if self.settings.init == "random":
             mu.copy_(different_samples(z[order], len(mu)))
@@ -83,11 +82,16 @@ class TrainedMethod(StagedMethod):
     def begin(self) -> None:
         """The starting spread, and whatever else is fixed at the start."""
         z = self.learner.all_latents()
-        self.convergence.begin(z)
+        found_in_data = self.settings.init in {"kmeans", "spectral"}
+        self.convergence.begin(z, self.learner.model.centroids if found_in_data else None)
         self.start(z)
 
     def start(self, z: Tensor) -> None:
         """Fixes what the method needs of the first embeddings z (N, D)."""
+
+    @property
+    def looks(self) -> int:
+        return self.convergence.looks
 
     def after_epoch(self, epoch: int) -> EpochReport:
         """The log's figures, and whether the assignments have come to rest."""
