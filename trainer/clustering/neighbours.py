@@ -3,7 +3,8 @@
     d2(i, j) = |z_i - c|^2 - 2 (z_i - c)(z_j - c) + |z_j - c|^2,  c: the mean of the points, where the three terms cancel least
 
 Every pair is compared: the last two terms are one matrix product of (M x N x (D + 1)) multiplications, the first one moves no neighbour
-before another and is added to those found. Memory for one chunk of (m, N). Ties go to the lowest id, as far as the expanded form shows them.
+before another and is added to those found. Memory for one chunk of (m, N). Ties go to the lowest id, as far as the expanded form shows them:
+distances below a thousandth of the points' spread are rounding, so within a burst of nearly equal frames the order is chance.
 """
 
 from __future__ import annotations
