@@ -75,7 +75,7 @@ class Convergence:
 
     @property
     def figures(self) -> dict[str, float]:
-        """n_eff, smallest cluster, spread, churn."""
+        """n_eff, smallest cluster, spread, distance of the closest centroids, churn."""
         return {**self._figures, "churn": self.churn}
 
     def state(self) -> dict[str, Tensor]:

@@ -111,7 +111,7 @@ class ClusterGuard:
                 f"two centroids lie {float(gaps.min()):.3g} apart, the median pair {float(gaps.median()):.3g}; "
                 f"lower method.n_clusters",
             )
-        return {"n_eff": n_eff, "smallest": float(counts.min()), "spread": spread}
+        return {"n_eff": n_eff, "smallest": float(counts.min()), "spread": spread, "closest": float(gaps.min())}
 
 
 def effective_number(q: Tensor) -> Tensor:

@@ -18,6 +18,7 @@ def test_a_healthy_clustering_passes_and_reports_its_figures() -> None:
     q, z, mu = healthy()
     figures = ClusterGuard(4, float(z.var(0, unbiased=False).sum()), 4).figures(q, z, mu)
     assert figures["n_eff"] == pytest.approx(4.0, abs=0.1) and figures["smallest"] == 10
+    assert figures["closest"] == pytest.approx(3 * 2**0.5)
 
 
 def test_effective_number_is_one_when_everything_is_in_one_cluster() -> None:
