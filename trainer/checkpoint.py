@@ -4,7 +4,7 @@
 beside them and synced before `last` is renamed to `previous` and the new one to `last`: whenever the process is killed, one of the two is whole.
 
 Either may have been saved while the clusters were collapsing, before a guard looked again. So the one that a later look found sound is also
-kept as good.safetensors, another name of the same file, and is all that stays once a guard has stopped the run.
+kept as good.safetensors, another name of the same file, and takes the place of both once a guard has stopped the run.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -61,23 +62,22 @@ class Position:
 
 def has_checkpoint(run: Path) -> bool:
     """Whether the run folder holds one."""
-    return any((run / FOLDER / name).is_file() for name in (NAME, PREVIOUS))
+    return any((run / FOLDER / name).is_file() for name in (NAME, PREVIOUS, GOOD))
 
 
 def remove_checkpoints(run: Path) -> None:
     """Of a run that is complete."""
-    remove_unfinished(run / FOLDER / NAME)
     for name in (GOOD, PREVIOUS, NAME):
+        remove_unfinished(run / FOLDER / name)
         (run / FOLDER / name).unlink(missing_ok=True)
 
 
 def leave_good_checkpoint(run: Path) -> None:
-    """After a collapse: where one is known to be good, it becomes the last, and the others go."""
+    """After a collapse: where one is known to be good, it becomes the last, and those from within the collapse go."""
     folder = run / FOLDER
     if (folder / GOOD).is_file():
         (folder / PREVIOUS).unlink(missing_ok=True)
-        (folder / GOOD).replace(folder / NAME)
-        (folder / GOOD).unlink(missing_ok=True)
+        _link(folder / GOOD, folder / NAME)
 
 
 def settings_digest(plain: Mapping[str, Any]) -> str:
@@ -109,12 +109,21 @@ class Checkpoint:
     tensors: dict[str, Tensor]
 
     def restore(self, learner: Learner, method: Method) -> None:
-        """Model, decoder and method; the optimizer follows once its stage has built it."""
-        learner.model.load_state_dict(self._part("model"))
-        if learner.decoder is not None:
-            learner.decoder.load_state_dict(self._part("decoder"))
-        method.load_state(self._part("method"))
-        learner.precision.load_state(self._part("precision"))
+        """Model, decoder and method; the optimizer follows once its stage has built it.
+
+        Raises:
+            ArtifactError: it lacks something, so another version of this program wrote it.
+        """
+        try:
+            learner.model.load_state_dict(self._part("model"))
+            if learner.decoder is not None:
+                learner.decoder.load_state_dict(self._part("decoder"))
+            method.load_state(self._part("method"))
+            learner.precision.load_state(self._part("precision"))
+        except KeyError as error:
+            raise ArtifactError(
+                f"the checkpoint ({self.position}) lacks {error}: another version of this program wrote it; choose another --out"
+            ) from None
 
     def restore_optimizer(self, optimizer: torch.optim.Optimizer) -> None:
         """Moments and step counts."""
@@ -185,12 +194,7 @@ class Checkpoints:
         if not self._is_last_open:
             return
         self._is_last_open = False
-        temporary = self.folder / f".{GOOD}.tmp"
-        with contextlib.suppress(OSError):  # a file system that knows no links keeps the newest ones alone
-            temporary.unlink(missing_ok=True)
-            temporary.hardlink_to(self.folder / NAME)
-            temporary.replace(self.folder / GOOD)
-            temporary.unlink(missing_ok=True)  # a rename to another name of the same file does nothing
+        _link(self.folder / NAME, self.folder / GOOD)
 
     def load(self, config_sha256: str, manifest_sha256: str) -> Checkpoint | None:
         """The newest whole checkpoint, or None where there is none; a damaged one is said.
@@ -198,20 +202,24 @@ class Checkpoints:
         Raises:
             ArtifactError: all are damaged, or it belongs to other settings or other images.
         """
-        remove_unfinished(self.folder / NAME)
         damaged: list[str] = []
-        for path in (self.folder / NAME, self.folder / PREVIOUS):
+        for path in (self.folder / NAME, self.folder / PREVIOUS, self.folder / GOOD):
+            remove_unfinished(path)
             if not path.is_file():
                 continue
             try:
                 checkpoint = _read(path)
             except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
                 damaged.append(f"{path} cannot be read ({error})")
+                with contextlib.suppress(OSError):
+                    if (self.folder / GOOD).samefile(path):  # damaged as well, and must not replace a whole one
+                        (self.folder / GOOD).unlink()
                 continue
             _check_origin(path, checkpoint.position, config_sha256, manifest_sha256)
             if damaged:
                 self._say(f"{damaged[0]}; going on from the checkpoint before it, {checkpoint.position}")
-            self.newest, self._is_last_whole = checkpoint.position, path.name == NAME
+            self.newest = checkpoint.position
+            self._is_last_whole = self._is_last_open = path.name == NAME
             return checkpoint
         if damaged:
             raise ArtifactError(f"{'; '.join(damaged)}; delete {self.folder} to start again")
@@ -258,6 +266,15 @@ class Checkpoints:
         if what not in self._said:
             self._said.add(what)
             self._say(text)
+
+
+def _link(path: Path, name: Path) -> None:
+    """Makes `name` another name of the file at `path`; where the file system knows no links, nothing."""
+    temporary = name.with_name(f".{name.name}.{uuid4().hex}.tmp")
+    with contextlib.suppress(OSError):
+        temporary.hardlink_to(path)
+        temporary.replace(name)
+    temporary.unlink(missing_ok=True)  # a rename to another name of the same file does nothing
 
 
 def _read(path: Path) -> Checkpoint:

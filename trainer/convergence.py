@@ -15,7 +15,8 @@ from trainer.stage import figures_of, figures_state
 class Convergence:
     """Churn is measured over at least `interval_steps` (an epoch, as a rule), twice in a row below `tol`: few steps move few labels anyway.
 
-    `state` and `load_state` are what a checkpoint keeps; `figures` is the log's; `looks` counts those that the guards let pass.
+    `state` and `load_state` are what a checkpoint keeps; `figures` is the log's; `looks` counts those that the guards let pass, and the
+    start, which they measure by.
     """
 
     KEYS: ClassVar = ("reference", "reference_step", "quiet", "churn", "spread", "n_eff", "empty_refreshes", "looks")
@@ -29,6 +30,7 @@ class Convergence:
 
     def begin(self, z: Tensor, mu: Tensor | None = None) -> None:
         """Notes what the guards compare with: the spread of the embeddings z (N, D), and how evenly centroids mu (K, D) found in them share them."""
+        self.looks += 1
         self.spread = float(z.var(0, unbiased=False).sum())
         if mu is not None:
             self.n_eff = float(effective_number(self._one_hot(nearest(z, mu)[0], z)))

@@ -126,7 +126,7 @@ def _fit(settings: TrainSettings, folder: Path, options: FitOptions) -> Run:
         raise
     run.metrics |= method.figures()  # the same dictionary as run.info["metrics"]
     run.info["train"] |= {
-        "warnings": [*method.warnings(), *empty_clusters(run.clusters)],
+        "warnings": [*method.warnings(), *([] if method.finds_clusters else empty_clusters(run.clusters))],
         "refusal": method.refusal(),
         "processes": together.count,
     }

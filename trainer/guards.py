@@ -13,7 +13,7 @@ from torch import Tensor
 from trainer.errors import CollapseError
 
 MIN_EFFECTIVE_SHARE = 0.5  # of the effective number at the start
-MIN_EFFECTIVE = 1.05  # of two clusters, one then holds 99 %
+MIN_EFFECTIVE = 1.05  # of two clusters, one then holds 99 %; less where it was nearly as few at the start
 MAX_EMPTY_REFRESHES = 3
 MIN_SPREAD_SHARE = 0.01  # of the spread before clustering
 MIN_CENTRE_SHARE = 1e-3  # smallest distance between centroids, of the median one
@@ -32,12 +32,13 @@ def check_embeddings_finite(z: Tensor) -> Tensor:
     """Gives back z (N, D): asked before k-means, which would find few different rows in it and blame the images.
 
     Raises:
-        CollapseError: a value is NaN or infinite.
+        CollapseError: a value is NaN, infinite, or so large (some 1e19) that squared distances are.
     """
-    if not bool(torch.isfinite(z).all()):
+    if not math.isfinite(float(torch.linalg.vector_norm(z))):  # without a copy of what may be most of the memory
         raise CollapseError(
             "guard nan",
-            "the embeddings hold values that are not finite; lower the learning rate (pretrain.optimizer.lr, method.optimizer.lr)",
+            "the embeddings hold values that are not finite, or whose squares are not; lower the learning rate "
+            "(pretrain.optimizer.lr, method.optimizer.lr), or where the encoder is frozen look at encoder.weights",
         )
     return z
 
@@ -45,7 +46,7 @@ def check_embeddings_finite(z: Tensor) -> Tensor:
 def empty_clusters(clusters: Sequence[Mapping[str, Any]]) -> list[str]:
     """A warning where a finished run's table of clusters shows some without an image; a single look is not enough for a guard."""
     empty = [cluster["name"] for cluster in clusters if cluster["n"] == 0]
-    return [f"no image in {', '.join(empty)}: lower method.n_clusters ({len(clusters)})"] if empty else []
+    return [f"no training image in {', '.join(empty)}: lower method.n_clusters ({len(clusters)})"] if empty else []
 
 
 @dataclass
@@ -93,12 +94,12 @@ class ClusterGuard:
             raise CollapseError(
                 "guard nan", "the soft assignments hold values that are not finite; lower the learning rate"
             )
-        if self.n_clusters > 1 and n_eff < max(MIN_EFFECTIVE_SHARE * self.n_eff, MIN_EFFECTIVE):
+        floor = max(MIN_EFFECTIVE_SHARE * self.n_eff, min(MIN_EFFECTIVE, 1 + (self.n_eff - 1) / 2))
+        if self.n_clusters > 1 and n_eff < floor:
             raise CollapseError(
                 "guard n_eff",
-                f"the mean assignment fills only {n_eff:.1f} of {self.n_clusters} clusters, expected at least half of {self.n_eff:.1f}; lower "
-                f"method.n_clusters, method.optimizer.lr or the weight of the clustering loss where the method has one, or pre-train longer "
-                f"(pretrain.epochs)",
+                f"the mean assignment fills only {n_eff:.2f} of {self.n_clusters} clusters, expected at least {floor:.2f}; lower method.n_clusters, "
+                f"method.optimizer.lr or the weight of the clustering loss where the method has one, or pre-train longer (pretrain.epochs)",
             )
         if self.empty_refreshes >= MAX_EMPTY_REFRESHES:
             raise CollapseError(

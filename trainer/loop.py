@@ -58,6 +58,7 @@ class Loop:
 
     def run(self, number: int, stage: Stage, checkpoint: Checkpoint | None) -> None:
         """One stage, from its beginning or from a checkpoint inside it."""
+        self._looks = self.method.looks
         if checkpoint is None:
             torch.manual_seed(_mix(self.learner.seed, number, 0, 3))  # whatever the stage before has drawn, or not
             stage.begin()
@@ -72,9 +73,9 @@ class Loop:
             first = checkpoint.position.step
             self._loss_sum.fill_(checkpoint.position.loss_sum)
         elif number:
+            looks = self._looks
             self._save(number, stage, 0, optimizer)  # a stage that collapses leaves what it started from
-            if self.method.looks is not None and self.ranks.is_first:
-                self.checkpoints.vouch()  # at the latest: the guards measure by it
+            self._vouch(looks)  # where the guards measure by it
         self.progress.stage(stage.name, stage.epochs, first // steps)
         for epoch in range(first // steps, stage.epochs):
             started_s = time.monotonic()
@@ -192,9 +193,9 @@ class Loop:
             self.checkpoints.save(position, training_state(self.learner, self.method, optimizer))
             self._looks = self.method.looks
 
-    def _vouch(self) -> None:
-        """Where the guards have looked since the last checkpoint, it is good."""
-        if self.ranks.is_first and self.method.looks != self._looks:
+    def _vouch(self, looks: int | None = None) -> None:
+        """Where the guards have looked since the last checkpoint was saved, or since they had looked `looks` times, it is good."""
+        if self.ranks.is_first and self.method.looks != (self._looks if looks is None else looks):
             self.checkpoints.vouch()
 
     @contextlib.contextmanager

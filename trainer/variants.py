@@ -131,7 +131,8 @@ def with_method(settings: TrainSettings, name: str) -> TrainSettings:
     trains = "optimizer" in METHODS[name].Settings.model_fields
     if trains and settings.projection.kind != "none" and is_frozen(settings):
         changes["projection.learn"] = True  # else there is nothing that the method could move
-    if name == CONTROL and settings.pretrain.kind == "none" and settings.encoder.name != "pretrained":
+    starts_as_built = not is_frozen(settings) and not getattr(settings.encoder, "weights", None)
+    if name == CONTROL and settings.pretrain.kind == "none" and starts_as_built:
         changes["pretrain.kind"] = (
             "end_to_end"  # of a method from scratch: an encoder that nothing has trained is no control
         )

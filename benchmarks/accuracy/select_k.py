@@ -24,8 +24,8 @@ from trainer.select_k import KChoice, SelectOptions, mean_row, parse_ks, recomme
 N, APART = 600, 8.0
 KS = list(range(2, 13))
 REAL = {
-    "mnist": ("mnist_ae_kmeans", "mnist.npz", "2-14", 1, ()),
-    "x_sdd": ("x_sdd_ae_kmeans", "x_sdd", "2-14", 3, (WEIGHTS,)),
+    "mnist": ("mnist_ae_kmeans", "mnist.npz", "2..14", 1, ()),
+    "x_sdd": ("x_sdd_ae_kmeans", "x_sdd", "2..14", 3, (WEIGHTS,)),
 }
 Points = NDArray[np.float64]
 CLOUDS: dict[str, Callable[[np.random.Generator], Points]] = {

@@ -22,6 +22,7 @@ from trainer.checkpoint import (
     GOOD,
     NAME,
     PREVIOUS,
+    Checkpoint,
     Checkpoints,
     Position,
     has_checkpoint,
@@ -207,7 +208,6 @@ def kept_after_a_collapse(run: Path, vouched: bool, max_mb: float = 100) -> int:
 
 def test_after_a_collapse_the_one_that_a_guard_vouched_for_is_left(tmp_path: Path) -> None:
     assert kept_after_a_collapse(tmp_path / "good", vouched=True) == 0
-    assert [path.name for path in (tmp_path / "good" / FOLDER).iterdir()] == [NAME]
     assert kept_after_a_collapse(tmp_path / "unknown", vouched=False) == 2
     need = sum(value.nbytes for value in some(0).values()) / 1e6
     assert (
@@ -220,9 +220,39 @@ def test_the_newest_is_the_good_one_where_nothing_was_saved_since(tmp_path: Path
     checkpoints.vouch()
     assert sorted(path.name for path in (tmp_path / FOLDER).iterdir()) == [GOOD, NAME, PREVIOUS]
     leave_good_checkpoint(tmp_path)
-    assert [path.name for path in (tmp_path / FOLDER).iterdir()] == [NAME]
+    assert sorted(path.name for path in (tmp_path / FOLDER).iterdir()) == [GOOD, NAME]
     found = checkpoints.load("c" * 64, "m" * 64)
     assert found is not None and found.position.step == 1
+
+
+def test_a_good_one_that_is_damaged_never_replaces_a_whole_one(tmp_path: Path) -> None:
+    checkpoints = saved(tmp_path, [1, 2])
+    checkpoints.vouch()
+    flip_in_the_values(tmp_path / FOLDER / NAME)  # and so its other name
+    for _ in range(2):
+        found = checkpoints.load("c" * 64, "m" * 64)
+        assert found is not None and found.position.step == 0
+        leave_good_checkpoint(tmp_path)
+
+
+def test_the_good_one_is_the_last_resort(tmp_path: Path) -> None:
+    checkpoints = saved(tmp_path, [1])
+    checkpoints.vouch()
+    for step in (1, 2):
+        checkpoints.save(replace(PLACE, step=step), some(step))
+    for name in (NAME, PREVIOUS):
+        flip_in_the_values(tmp_path / FOLDER / name)
+    found = checkpoints.load("c" * 64, "m" * 64)
+    assert found is not None and found.position.step == 0
+
+
+def test_a_checkpoint_of_another_version_says_so(tmp_path: Path) -> None:
+    learner = blob_learner()
+    method = METHODS["dcn"](METHODS["dcn"].Settings.model_validate({"name": "dcn", "n_clusters": KINDS}), learner, 16)
+    tensors = training_state(learner, method, torch.optim.SGD(learner.model.parameters(), 0.1))
+    del tensors["method.convergence.looks"]
+    with pytest.raises(ArtifactError, match=r"lacks 'convergence\.looks': another version"):
+        Checkpoint(PLACE, tensors).restore(learner, method)
 
 
 def test_a_model_that_is_not_finite_does_not_replace_one_that_is(tmp_path: Path) -> None:

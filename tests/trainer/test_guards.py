@@ -63,11 +63,14 @@ def test_a_set_of_mostly_one_kind_is_measured_by_what_it_filled_at_the_start() -
     watch = Convergence(100, 4, 0.0, 1)
     watch.begin(z, mu)
     watch.look(labels, z, mu, 0)
-    with pytest.raises(CollapseError, match=r"guard n_eff: .* 1\.0 of 4 clusters, expected at least half of 1\.2"):
+    with pytest.raises(CollapseError, match=r"guard n_eff: .* 1\.00 of 4 clusters, expected at least 1\.05"):
         watch.look(torch.zeros(100, dtype=torch.int64), z, mu, 1)
+    nearly_one = Convergence(100, 2, 0.0, 1)
+    nearly_one.begin(z, mu[[0, 1]])  # 98 : 2 is 1.10 of 2, of which 99 : 1 is more than half the way from one
+    nearly_one.look((torch.arange(100) == 0).long(), z, mu[[0, 1]], 0)
     unknown = Convergence(100, 4, 0.0, 1)
     unknown.begin(z)  # centroids that were not found in the data say nothing of its kinds
-    with pytest.raises(CollapseError, match=r"guard n_eff: .* expected at least half of 4\.0"):
+    with pytest.raises(CollapseError, match=r"guard n_eff: .* expected at least 2\.00"):
         unknown.look(labels, z, mu, 0)
 
 

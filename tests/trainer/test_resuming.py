@@ -23,6 +23,7 @@ from tests.trainer.test_methods import EXTRA, TINY
 from trainer import FitOptions, fit, fitting, load_run
 from trainer.checkpoint import (
     FOLDER,
+    GOOD,
     NAME,
     PREVIOUS,
     Checkpoints,
@@ -162,7 +163,7 @@ def test_a_fit_that_finds_its_last_checkpoint_damaged_goes_on_from_the_one_befor
     resumed = fit(dec(image_folder), FitOptions(out=tmp_path / "cut", resume=True, progress=progress))
     assert any("going on from the checkpoint before it" in line for line in progress.said)
     assert all(np.array_equal(a, b) for a, b in zip(tensors(whole), tensors(resumed), strict=True))
-    for name in (NAME, PREVIOUS):
+    for name in (GOOD, NAME, PREVIOUS):
         truncate(tmp_path / "lost" / FOLDER / name)
     with pytest.raises(ArtifactError, match="delete .* to start again"):
         fit(dec(image_folder), FitOptions(out=tmp_path / "lost", resume=True))

@@ -13,6 +13,7 @@ from configs import ConfigError, load_text
 from tests.waiting import wait_until
 from trainer import FitOptions, fit, load_run
 from trainer.cli import main
+from trainer.encoders.resnet import ResNetSettings
 from trainer.progress import Silent
 from trainer.settings import TrainSettings
 from trainer.sweep import CONTROL_NAME, SweepOptions, ranks_with_ties, sweep
@@ -95,6 +96,8 @@ def test_the_control_of_a_method_from_scratch_is_pre_trained(tiny_settings_text:
     assert base.pretrain.kind == "none"
     assert with_method(base, "ae_kmeans").pretrain.kind == "end_to_end"  # k-means on random weights controls nothing
     assert with_method(base, "deepcluster").pretrain.kind == "none"
+    trained = base.model_copy(update={"encoder": ResNetSettings(weights="w.safetensors")})
+    assert with_method(trained, "ae_kmeans").pretrain.kind == "none"  # which is no random one
 
 
 def test_ranks_share_a_place_within_the_margin_on_either_side_of_a_round_number() -> None:

@@ -56,9 +56,9 @@ class Method:
         self.learner.model.centroids.copy_(result.centroids)
 
     @property
-    def looks(self) -> int | None:
-        """How often the guards have looked at the clusters and let them pass; None where they never do."""
-        return None
+    def looks(self) -> int:
+        """How often the guards have looked at the clusters and let them pass; 0 where they never do."""
+        return 0
 
     def figures(self) -> dict[str, float]:
         """What the run's metrics say of this method beside the common ones, once it has finished."""

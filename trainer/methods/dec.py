@@ -109,17 +109,17 @@ class DEC(TrainedMethod):
         """Every `refresh_steps`: new q, p and labels from a full pass; guards and churn."""
         if step % self.refresh_steps:
             return
-        z, q = self._all_assigned()
+        z, q = self._all_assigned(as_trained=True)  # a refresh is two fifths of an epoch: the whole set, forwards
         self.p = target_distribution(q)
         self.convergence.look(q, z, self.learner.model.centroids, step)
 
     @torch.no_grad()
     def end(self) -> None:
         """The guards' last look, at the labels as they ship: the steps since the last refresh were seen by none."""
-        z, q = self._all_assigned()
+        z, q = self._all_assigned(as_trained=False)
         self.convergence.look(q.argmax(1), z, self.learner.model.centroids, self.epochs * self.steps_per_epoch)
 
-    def _all_assigned(self) -> tuple[Tensor, Tensor]:
-        """Embeddings z (N, D) and q (N, K) of all training samples, in the precision of training: a refresh is two fifths of an epoch."""
-        z = self.learner.all_latents(as_trained=True)
+    def _all_assigned(self, as_trained: bool) -> tuple[Tensor, Tensor]:
+        """Embeddings z (N, D) and q (N, K) of all training samples."""
+        z = self.learner.all_latents(as_trained)
         return z, torch.cat([self.log_q(part).exp() for part in z.split(8192)])
