@@ -20,7 +20,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from uuid import uuid4
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -30,7 +29,7 @@ from torch import Tensor
 from trainer.errors import ArtifactError
 from trainer.learner import Learner
 from trainer.methods.base import Method
-from trainer.whole_file import remove_unfinished, write_whole
+from trainer.whole_file import link_whole, remove_unfinished, write_whole
 
 FOLDER, NAME, PREVIOUS, GOOD = "checkpoints", "last.safetensors", "previous.safetensors", "good.safetensors"
 MB = 1_000_000
@@ -77,7 +76,7 @@ def leave_good_checkpoint(run: Path) -> None:
     folder = run / FOLDER
     if (folder / GOOD).is_file():
         (folder / PREVIOUS).unlink(missing_ok=True)
-        _link(folder / GOOD, folder / NAME)
+        link_whole(folder / GOOD, folder / NAME)
 
 
 def settings_digest(plain: Mapping[str, Any]) -> str:
@@ -183,7 +182,7 @@ class Checkpoints:
             if "problem" in self._said:
                 self._said.remove("problem")
                 self._say(f"checkpoints can be saved again; this one is of {position}")
-            self.newest, self._is_last_whole, self._is_last_open = position, True, 4 * need <= self.max_mb * MB
+            self.newest, self._is_last_whole, self._is_last_open = position, True, self._fit(4, need)
             return True
         earlier = "there is none yet" if self.newest is None else f"the last one is of {self.newest}"
         self._say_once("problem", f"no checkpoint at {position}: {self._problem}; training goes on, {earlier}")
@@ -194,7 +193,7 @@ class Checkpoints:
         if not self._is_last_open:
             return
         self._is_last_open = False
-        _link(self.folder / NAME, self.folder / GOOD)
+        link_whole(self.folder / NAME, self.folder / GOOD)
 
     def load(self, config_sha256: str, manifest_sha256: str) -> Checkpoint | None:
         """The newest whole checkpoint, or None where there is none; a damaged one is said.
@@ -227,8 +226,7 @@ class Checkpoints:
 
     def _write(self, position: Position, tensors: Mapping[str, Tensor], need: int) -> str | None:
         """Why it must not be done; None when it is done."""
-        limit = self.max_mb * MB
-        if 2 * need > limit:
+        if not self._fit(2, need):
             return (
                 f"a checkpoint has {need / MB:.3g} MB, and two (the last one stays until the new one is whole) are more than "
                 f"train.checkpoint_max_mb, {self.max_mb:g}"
@@ -238,8 +236,8 @@ class Checkpoints:
         self.folder.mkdir(parents=True, exist_ok=True)
         path, previous = self.folder / NAME, self.folder / PREVIOUS
         remove_unfinished(path)
-        keeps_two = 3 * need <= limit
-        if 4 * need > limit:
+        keeps_two = self._fit(3, need)
+        if not self._fit(4, need):
             (self.folder / GOOD).unlink(missing_ok=True)
         if not keeps_two:
             if self._is_last_whole:  # else the one before it is all there is, until the new one is written
@@ -256,6 +254,10 @@ class Checkpoints:
         write_whole(path, save(content, header), previous if keeps_two and self._is_last_whole else None)
         return None
 
+    def _fit(self, files: int, need: int) -> bool:
+        """Whether so many files of `need` bytes may lie in the folder."""
+        return files * need <= self.max_mb * MB
+
     def _free(self) -> str:
         try:
             return f"{shutil.disk_usage(self.folder).free / MB:.3g} MB are free"
@@ -266,15 +268,6 @@ class Checkpoints:
         if what not in self._said:
             self._said.add(what)
             self._say(text)
-
-
-def _link(path: Path, name: Path) -> None:
-    """Makes `name` another name of the file at `path`; where the file system knows no links, nothing."""
-    temporary = name.with_name(f".{name.name}.{uuid4().hex}.tmp")
-    with contextlib.suppress(OSError):
-        temporary.hardlink_to(path)
-        temporary.replace(name)
-    temporary.unlink(missing_ok=True)  # a rename to another name of the same file does nothing
 
 
 def _read(path: Path) -> Checkpoint:

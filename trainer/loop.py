@@ -51,7 +51,7 @@ class Loop:
         self.checkpoints, self.origin = checkpoints, origin
         self._loss_sum = torch.zeros((), device=learner.device)  # of the epoch so far
         self._is_log_whole = True
-        self._looks = method.looks  # when the last checkpoint was saved
+        self._looks = 0  # of the method, as many as `_vouch` knows of
         self.interrupted = threading.Event()
         self.ranks = ranks.current()
         self._all_leave = False
@@ -73,9 +73,8 @@ class Loop:
             first = checkpoint.position.step
             self._loss_sum.fill_(checkpoint.position.loss_sum)
         elif number:
-            looks = self._looks
             self._save(number, stage, 0, optimizer)  # a stage that collapses leaves what it started from
-            self._vouch(looks)  # where the guards measure by it
+            self._vouch()  # of a stage that the guards watch: they measure by it
         self.progress.stage(stage.name, stage.epochs, first // steps)
         for epoch in range(first // steps, stage.epochs):
             started_s = time.monotonic()
@@ -191,12 +190,13 @@ class Loop:
                 self.origin, stage=number, step=step, name=stage.name, loss_sum=float(self._loss_sum)
             )
             self.checkpoints.save(position, training_state(self.learner, self.method, optimizer))
-            self._looks = self.method.looks
 
-    def _vouch(self, looks: int | None = None) -> None:
-        """Where the guards have looked since the last checkpoint was saved, or since they had looked `looks` times, it is good."""
-        if self.ranks.is_first and self.method.looks != (self._looks if looks is None else looks):
-            self.checkpoints.vouch()
+    def _vouch(self) -> None:
+        """Where the guards have just looked, the last checkpoint is good."""
+        if self.method.looks > self._looks:
+            self._looks = self.method.looks
+            if self.ranks.is_first:
+                self.checkpoints.vouch()
 
     @contextlib.contextmanager
     def interruptible(self) -> Iterator[None]:

@@ -133,9 +133,8 @@ def with_method(settings: TrainSettings, name: str) -> TrainSettings:
         changes["projection.learn"] = True  # else there is nothing that the method could move
     starts_as_built = not is_frozen(settings) and not getattr(settings.encoder, "weights", None)
     if name == CONTROL and settings.pretrain.kind == "none" and starts_as_built:
-        changes["pretrain.kind"] = (
-            "end_to_end"  # of a method from scratch: an encoder that nothing has trained is no control
-        )
+        # Of a method from scratch: an encoder that nothing has trained is no control.
+        changes["pretrain.kind"] = "end_to_end"
     return changed(settings, changes, f"--methods {name}")
 
 

@@ -18,7 +18,7 @@ def write_whole(path: Path, content: str | bytes, previous: Path | None = None) 
     Args:
         previous: where the file that is there now goes; between the two renames, `path` is not there.
     """
-    temporary = path.with_name(f".{path.name}.{uuid4().hex}.tmp")
+    temporary = _temporary(path)
     try:
         with temporary.open("xb") as file:
             file.write(content.encode() if isinstance(content, str) else content)
@@ -34,6 +34,15 @@ def write_whole(path: Path, content: str | bytes, previous: Path | None = None) 
     _sync(path.parent)
 
 
+def link_whole(path: Path, name: Path) -> None:
+    """Makes `name` another name of the file at `path`; where the file system knows no links, nothing."""
+    temporary = _temporary(name)
+    with contextlib.suppress(OSError):
+        temporary.hardlink_to(path)
+        temporary.replace(name)
+    temporary.unlink(missing_ok=True)  # a rename to another name of the same file does nothing
+
+
 def remove_unfinished(path: Path) -> None:
     """Removes what writers of `path` left behind that were killed; nobody else may be writing it."""
     for left in path.parent.glob(f".{path.name}.*.tmp"):
@@ -44,6 +53,11 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor], header: Mapping[str,
     """Writes a safetensors file, and its folder where that is missing."""
     path.parent.mkdir(parents=True, exist_ok=True)
     write_whole(path, save({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, dict(header or {})))
+
+
+def _temporary(path: Path) -> Path:
+    """One of the names that `remove_unfinished` knows."""
+    return path.with_name(f".{path.name}.{uuid4().hex}.tmp")
 
 
 def _sync(folder: Path) -> None:

@@ -4,7 +4,7 @@ Labels serve scoring only; `between seeds`, the mean ARI of each two seeds' answ
 from one autoencoder (`pretrain.cache` in --out), so rows are paired. Runs are kept in --out and not repeated: a table can grow over
 several calls, and `--tabulate` only prints what is there.
 
-    python -m benchmarks.accuracy.digits --data usps --rows ae_kmeans dec idec --seeds 5
+    python -m benchmarks.accuracy.digits --data usps --rows ae_kmeans dec idec --seeds 0 1 2
 """
 
 from __future__ import annotations
@@ -31,11 +31,8 @@ from trainer.trials import fit_or_reuse, load_base
 SETS = {"mnist": "mnist.npz", "usps": "usps.npz", "fashion": "fashion_mnist.npz", "imbalanced": "mnist.npz"}
 DEC_DA = "augment={shift: 0.1, rotate_deg: 10}"  # DEC-DA's own, not tuned here
 CONV, ADAM = "encoder={name: conv, dim: 10}", "pretrain={epochs: 200}"  # DEKM's own autoencoder
-DKM_OWN = (
-    "encoder.init=glorot",
-    "pretrain={epochs: 50}",
-    "method.optimizer.lr=0.001",
-)  # all as the authors of DKM have it
+# All as the authors of DKM have it.
+DKM_OWN = ("encoder.init=glorot", "pretrain={epochs: 50}", "method.optimizer.lr=0.001")
 SPECTRAL = "method.init=spectral"
 USPS_T = "method.refresh_steps=30"  # Guo's T for USPS, whose epoch has 37 steps; 140 is MNIST's
 

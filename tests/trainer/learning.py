@@ -10,7 +10,9 @@ import torch
 from numpy.typing import NDArray
 
 from trainer.clustering.kmeans import KMeansOptions, kmeans
-from trainer.encoders.mlp import MLPEncoder, MLPSettings
+from trainer.encoders import ENCODERS
+from trainer.encoders.base import EncoderSettings
+from trainer.encoders.mlp import MLPSettings
 from trainer.learner import Learner, LearnerOptions
 from trainer.model import ClusterModel
 from trainer.preprocess import Preprocess, PreprocessSettings
@@ -35,12 +37,15 @@ def write_blobs(path: Path, per_kind: int = 80, seed: int = 0) -> Path:
     return path
 
 
-def blob_learner(per_kind: int = 20, tiles: int = 1, **options: Any) -> Learner:
-    """An untrained MLP encoder of 6 features on warped blobs, centroids by k-means; each image `tiles` times beside and below itself."""
+def blob_learner(
+    per_kind: int = 20, tiles: int = 1, encoder_settings: EncoderSettings | None = None, **options: Any
+) -> Learner:
+    """An untrained encoder of 6 features (an MLP) on warped blobs, centroids by k-means; each image `tiles` times beside and below itself."""
     torch.manual_seed(0)
     images, side_px = np.tile(warped_blobs(per_kind)[0], (1, tiles, tiles)), SIDE_PX * tiles
     preprocess = Preprocess(PreprocessSettings(color="gray"), side_px, side_px)
-    encoder = MLPEncoder(MLPSettings(hidden=(16,), dim=6), (1, side_px, side_px))
+    settings = encoder_settings or MLPSettings(hidden=(16,), dim=6)
+    encoder = ENCODERS[settings.name](settings, (1, side_px, side_px))
     model = ClusterModel(preprocess, encoder, Projection(ProjectionSettings(), 6, len(images)), KINDS)
     pixels = torch.from_numpy(images)[..., None]
     preprocess.fit_normalise(pixels)

@@ -3,14 +3,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tests.trainer.learning import KINDS, SIDE_PX, blob_learner, warped_blobs
+from tests.trainer.learning import KINDS, blob_learner
 from trainer.clustering.mini_batch import updated
-from trainer.encoders.conv import ConvEncoder, ConvSettings
-from trainer.learner import Learner, LearnerOptions
+from trainer.encoders.conv import ConvSettings
 from trainer.methods.dcn import DCN, DCNSettings
-from trainer.model import ClusterModel
-from trainer.preprocess import Preprocess, PreprocessSettings
-from trainer.projection import Projection, ProjectionSettings
 
 
 def test_a_batch_of_running_means_equals_one_sample_after_the_other() -> None:
@@ -28,13 +24,8 @@ def test_a_batch_of_running_means_equals_one_sample_after_the_other() -> None:
 
 
 def test_the_pass_that_labels_a_batch_leaves_batch_norm_to_the_training_pass() -> None:
-    images, _ = warped_blobs(20)
-    preprocess = Preprocess(PreprocessSettings(color="gray"), SIDE_PX, SIDE_PX)
-    encoder = ConvEncoder(ConvSettings(dim=6, channels=(2, 2, 2), batch_norm=True), (1, SIDE_PX, SIDE_PX))
-    model = ClusterModel(preprocess, encoder, Projection(ProjectionSettings(), 6, len(images)), KINDS)
-    pixels = torch.from_numpy(images)[..., None]
-    preprocess.fit_normalise(pixels)
-    learner = Learner(model.train(), pixels, LearnerOptions(0))
+    learner = blob_learner(encoder_settings=ConvSettings(dim=6, channels=(2, 2, 2), batch_norm=True))
+    encoder = learner.model.encoder.train()
     learner.latents(torch.arange(16))  # the step's own pass
     seen = [int(buffer) for name, buffer in encoder.named_buffers() if "num_batches" in name]
     as_they_ship = learner.all_latents()[:16]

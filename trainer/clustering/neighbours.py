@@ -52,7 +52,7 @@ def lowest(values: Tensor, count: int) -> Tensor:
     """Columns (M, count) of the smallest `values` (M, N) of each row, in ascending order; of equal ones the lowest column first.
 
     Args:
-        values: not NaN.
+        values: rows without NaN, or of nothing else.
         count: 0 .. N.
     """
     smallest, columns = _smallest(values, min(count + 1, values.shape[1]))

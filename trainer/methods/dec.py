@@ -75,8 +75,7 @@ class DEC(TrainedMethod):
         return isinstance(self.settings, DECSettings) and self.settings.freeze_encoder
 
     def warnings(self) -> list[str]:
-        moves = {id(p) for p in self.parameters()} - {id(self.learner.model.centroids)}
-        if moves or self._is_frozen:
+        if self.moves_embeddings or self._is_frozen:
             return super().warnings()
         return [
             *super().warnings(),

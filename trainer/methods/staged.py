@@ -62,6 +62,12 @@ class StagedMethod(Method):
             )
         ]
 
+    @property
+    def moves_embeddings(self) -> bool:
+        """Whether anything between image and embedding learns: the encoder, or the projection."""
+        model = self.learner.model
+        return model.encoder.is_trainable or any(p.requires_grad for p in model.projection.parameters())
+
     def need_trainable(self, or_projection: bool = False) -> None:
         """Refuses an encoder that is frozen, unless a projection that learns will do as well.
 
@@ -69,9 +75,7 @@ class StagedMethod(Method):
             DataError: so it is.
         """
         model = self.learner.model
-        if model.encoder.is_trainable or (
-            or_projection and any(p.requires_grad for p in model.projection.parameters())
-        ):
+        if self.moves_embeddings if or_projection else model.encoder.is_trainable:
             return
         choice = ", or projection.learn: true with projection.kind pca or within" if or_projection else ""
         raise DataError(
