@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -176,7 +177,7 @@ class Learner:
         error = nn.functional.mse_loss(output.float(), x, reduction="none").flatten(1).sum(1)
         return self._to_latents(self.whole(features, share)), self.whole(error, share)
 
-    @property
+    @functools.cached_property
     def elements(self) -> int:
         """Elements of one reconstruction: d in the papers."""
         return self._clean(torch.zeros(0, dtype=torch.int64, device=self.device)).shape[1:].numel()

@@ -35,7 +35,7 @@ class Dense(nn.Linear):
 
 def _is_fast(x: Tensor, weight: Tensor) -> bool:
     """Whether this is eager float32 on a CPU. A traced graph must show plain operators, and an empty batch has no product."""
-    if torch.compiler.is_compiling() or torch.jit.is_tracing() or torch.onnx.is_in_onnx_export():
+    if _is_intel() or torch.compiler.is_compiling() or torch.jit.is_tracing() or torch.onnx.is_in_onnx_export():
         return False
     return (
         x.device.type == "cpu"
@@ -45,7 +45,6 @@ def _is_fast(x: Tensor, weight: Tensor) -> bool:
         and not torch.is_autocast_enabled("cpu")
         and torch.backends.mkldnn.is_available()
         and hasattr(torch.ops.mkldnn, "_linear_pointwise")
-        and not _is_intel()
     )
 
 
