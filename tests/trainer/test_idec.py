@@ -4,8 +4,10 @@ import pytest
 import torch
 
 from tests.trainer.learning import KINDS, blob_learner
+from trainer.methods import METHODS
 from trainer.methods.dec import DEC, DECSettings
 from trainer.methods.idec import IDEC, IDECSettings
+from trainer.methods.trained import TrainedMethod
 
 INDEX = torch.arange(12)
 
@@ -21,6 +23,26 @@ def test_gamma_weighs_the_clustering_term_against_an_error_per_element() -> None
     divergence = methods[0].divergence(z, INDEX).item()
     assert low == pytest.approx(error.mean().item() / 64 + 0.1 * divergence, rel=1e-5)
     assert high - low == pytest.approx(9.9 * divergence, rel=1e-4)
+
+
+@pytest.mark.parametrize("name", ["idec", "dcn", "dkm", "centering", "dec", "dekm"])
+def test_the_log_holds_the_reconstruction_of_an_epoch_apart_from_the_loss(name: str) -> None:
+    learner = blob_learner()
+    settings = METHODS[name].Settings.model_validate({"name": name, "n_clusters": KINDS})
+    method = METHODS[name](settings, learner, 16)
+    assert isinstance(method, TrainedMethod)
+    method.begin()
+    method.before_step(0)
+    optimizer = torch.optim.SGD(method.parameters())
+    for _ in range(2):  # the second epoch counts nothing of the first
+        method.before_epoch(0, optimizer)
+        for index in (INDEX[:8], INDEX[8:]):
+            method.loss(index)
+    logged = method.after_epoch(0).figures
+    if name in {"dec", "dekm"}:  # they let the decoder go
+        assert "reconstruction" not in logged
+    else:
+        assert logged["reconstruction"] == pytest.approx(learner.reconstruct(INDEX)[1].mean().item() / 64, rel=1e-6)
 
 
 def test_tiling_the_input_leaves_the_balance_of_the_two_terms_as_it_is() -> None:

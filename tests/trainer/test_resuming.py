@@ -65,7 +65,7 @@ def test_a_run_that_was_interrupted_within_an_epoch_ends_as_an_uninterrupted_one
     assert all(np.array_equal(a, b) for a, b in zip(tensors(whole), tensors(resumed), strict=True))
     rows = [
         [
-            (row["stage"], row.get("epoch"), row.get("loss"))
+            (row["stage"], row.get("epoch"), row.get("loss"), row.get("reconstruction"))
             for row in map(json.loads, (tmp_path / side / "metrics.jsonl").read_text().splitlines())
         ]
         for side in ("whole", "cut")

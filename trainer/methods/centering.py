@@ -54,7 +54,7 @@ class Centering(TrainedMethod):
 
     def loss(self, index: Tensor) -> Tensor:
         """Reconstruction and centering; no gradient reaches the centroids."""
-        z, error = self.learner.reconstruct(index)
+        z, error = self.reconstruct(index)
         d2 = squared_distances(z, self.learner.model.centroids.detach())
         hard = self.settings.assignment == "hard"
         return error.mean() + self.settings.ct_weight * (

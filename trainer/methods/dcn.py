@@ -64,7 +64,7 @@ class DCN(TrainedMethod):
 
     def loss(self, index: Tensor) -> Tensor:
         """Reconstruction and distance to the stored label's centroid; the centroids get no gradient."""
-        z, error = self.learner.reconstruct(index)
+        z, error = self.reconstruct(index)
         pull = (z - self.learner.model.centroids.detach()[self.labels[index]]).square().sum(1)
         return error.mean() + self.settings.clustering_weight / 2 * pull.mean()
 

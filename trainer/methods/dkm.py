@@ -74,6 +74,7 @@ class DKM(TrainedMethod):
     @torch.no_grad()
     def before_epoch(self, epoch: int, optimizer: torch.optim.Optimizer) -> None:
         """The optimizer forgets centroids that were moved since the last epoch: its moments belong to where they lay."""
+        super().before_epoch(epoch, optimizer)
         mu = self.learner.model.centroids
         for moment in optimizer.state.get(mu, {}).values():
             if isinstance(moment, Tensor) and moment.shape == mu.shape:
@@ -91,7 +92,7 @@ class DKM(TrainedMethod):
 
     def loss(self, index: Tensor) -> Tensor:
         """Reconstruction and soft k-means loss."""
-        z, error = self.learner.reconstruct(index)
+        z, error = self.reconstruct(index)
         return error.mean() + self.settings.clustering_weight * soft_kmeans_loss(
             squared_distances(z, self.learner.model.centroids), self.alpha
         )
@@ -100,7 +101,7 @@ class DKM(TrainedMethod):
     def after_epoch(self, epoch: int) -> EpochReport:
         """After each value of alpha: lost centroids, then the guards; while alpha is small every sample belongs a little to all."""
         if (epoch + 1) % self.settings.epochs_per_alpha:
-            return EpochReport({"alpha": self.alpha, **self.convergence.figures})
+            return EpochReport({"alpha": self.alpha, **self.logged})
         z, mu = self.learner.all_latents(), self.learner.model.centroids
         self.convergence.check(z)
         labels, d2 = nearest(z, mu)
@@ -110,7 +111,7 @@ class DKM(TrainedMethod):
             labels = nearest(z, mu)[0] if moved else labels
             self.convergence.look(labels, z, mu, (epoch + 1) * self.steps_per_epoch)
         return EpochReport(
-            {"alpha": self.alpha, "sharpness": float(self.sharpness), "moved": float(moved), **self.convergence.figures}
+            {"alpha": self.alpha, "sharpness": float(self.sharpness), "moved": float(moved), **self.logged}
         )
 
     def warnings(self) -> list[str]:

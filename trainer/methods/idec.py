@@ -35,5 +35,5 @@ class IDEC(DEC):
 
     def loss(self, index: Tensor) -> Tensor:
         """Mean squared error per element, and gamma KL(P || Q)."""
-        z, error = self.learner.reconstruct(index)
+        z, error = self.reconstruct(index)
         return error.mean() / self.learner.elements + self.settings.gamma * self.divergence(z, index)

@@ -32,7 +32,10 @@ class TrainedSettings(StagedSettings):
 
 
 class TrainedMethod(StagedMethod):
-    """A staged method that ends when its assignments have come to rest; subclasses set `convergence`."""
+    """A staged method that ends when its assignments have come to rest; subclasses set `convergence`.
+
+    `error` (2,): the squared error of the epoch's reconstructions so far, and of how many images.
+    """
 
     settings: TrainedSettings
     convergence: Convergence
@@ -40,6 +43,7 @@ class TrainedMethod(StagedMethod):
     def __init__(self, settings: TrainedSettings, learner: Learner, batch_size: int) -> None:
         super().__init__(settings, learner, batch_size)
         self.found_no_cut = torch.tensor(False)
+        self.error = torch.zeros(2, dtype=torch.float64, device=learner.device)
 
     @torch.no_grad()
     def init_centroids(self) -> None:
@@ -89,21 +93,40 @@ class TrainedMethod(StagedMethod):
     def start(self, z: Tensor) -> None:
         """Fixes what the method needs of the first embeddings z (N, D)."""
 
+    def before_epoch(self, epoch: int, optimizer: torch.optim.Optimizer) -> None:
+        """Begins to count the reconstruction's error."""
+        self.error.zero_()
+
+    def reconstruct(self, index: Tensor) -> tuple[Tensor, Tensor]:
+        """Embeddings (B, D) and squared errors (B,) of samples `index`, counted for the log."""
+        z, error = self.learner.reconstruct(index)
+        self.error[0] += error.detach().sum()
+        self.error[1] += len(error)
+        return z, error
+
     @property
     def looks(self) -> int:
         return self.convergence.looks
 
     def after_epoch(self, epoch: int) -> EpochReport:
         """The log's figures, and whether the assignments have come to rest."""
-        return EpochReport(self.convergence.figures, stop=self.convergence.is_reached)
+        return EpochReport(self.logged, stop=self.convergence.is_reached)
+
+    @property
+    def logged(self) -> dict[str, float]:
+        """What the guards saw last, and the mean squared error per element of the epoch's reconstructions, where there were any."""
+        error, images = self.error.tolist()
+        reconstruction = {"reconstruction": error / images / self.learner.elements} if images else {}
+        return {**reconstruction, **self.convergence.figures}
 
     def state(self) -> dict[str, Tensor]:
-        return super().state() | self.convergence.state() | {"found_no_cut": self.found_no_cut}
+        return super().state() | self.convergence.state() | {"found_no_cut": self.found_no_cut, "error": self.error}
 
     def load_state(self, state: dict[str, Tensor]) -> None:
         super().load_state(state)
         self.convergence.load_state(state)
         self.found_no_cut = state["found_no_cut"]
+        self.error = state["error"].to(self.learner.device)
 
 
 def different_samples(z: Tensor, count: int) -> Tensor:
