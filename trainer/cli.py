@@ -91,7 +91,7 @@ def _add_comparisons(commands: Any) -> None:
     sweep.add_argument(
         "--search", type=int, metavar="N", help="N random draws from --grid (or a built-in space) instead of all"
     )
-    sweep.add_argument("--seeds", type=int, default=2, help="fits of each row, at least 2 (default 2)")
+    sweep.add_argument("--seeds", type=int, default=3, help="fits of each row, at least 2 (default 3)")
     sweep.add_argument("--out", type=Path, help="folder of runs and page (default: runs/<name>-sweep)")
     add_overrides(sweep)
 

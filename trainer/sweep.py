@@ -49,7 +49,7 @@ class SweepOptions:
     methods: Sequence[str] = ()
     grid: Sequence[str] = ()
     search: int | None = None
-    seeds: int = 2
+    seeds: int = 3
     out: Path | None = None
     overrides: Sequence[str] = ()
     progress: Progress = field(default_factory=Silent)

@@ -33,7 +33,7 @@ def test_rows_are_ranked_without_labels_control_first_and_a_failed_one_says_why(
     tiny_settings_text: str, tmp_path: Path
 ) -> None:
     configs = [settings(tiny_settings_text), settings(tiny_settings_text, BAD)]
-    result = sweep(configs, SweepOptions(out=tmp_path / "sweep"))
+    result = sweep(configs, SweepOptions(seeds=2, out=tmp_path / "sweep"))
     control, *others = result.rows
     assert control.name == CONTROL_NAME and control.beats_control is None and control.acc is not None
     assert [row.name for row in others] == ["dec #1", "dec #2"]
@@ -68,7 +68,7 @@ def test_finished_runs_are_reused_and_labels_change_no_rank(
     first = json.loads(capsys.readouterr().out)
     assert main(command) == 0
     captured = capsys.readouterr()
-    assert captured.err.count("reusing") == 4 and json.loads(captured.out) == first
+    assert captured.err.count("reusing") == 2 * 3 and json.loads(captured.out) == first
     assert [row["name"] for row in first["rows"]] == [CONTROL_NAME, "dec, epochs=1"]
     assert first["rows"][1]["acc"] is not None and first["rows"][1]["labels_used_for_ranking"] is False
     for table in (tmp_path / "s").rglob("assignments.csv"):  # every label wrong
@@ -176,7 +176,18 @@ def test_ctrl_c_keeps_what_is_complete_and_the_same_command_goes_on(tiny_setting
     config = tmp_path / "tiny.yaml"
     config.write_text(tiny_settings_text)
     grid = ["--methods", "dec", "--grid", "method.epochs=100000", "--set", "method.n_init=2"]
-    command = [sys.executable, "-m", "trainer", "sweep", str(config), *grid, "--out", str(tmp_path / "s")]
+    command = [
+        sys.executable,
+        "-m",
+        "trainer",
+        "sweep",
+        str(config),
+        *grid,
+        "--seeds",
+        "2",
+        "--out",
+        str(tmp_path / "s"),
+    ]
     process = subprocess.Popen([*command, "--grid", "method.tol=0"], stderr=subprocess.PIPE, text=True)
     wait_until(
         lambda: any("dec" in p.read_text() for p in (tmp_path / "s").glob("dec*/seed-0/metrics.jsonl")), timeout_s=60
