@@ -35,7 +35,7 @@ class Dense(nn.Linear):
 
 def _is_fast(x: Tensor, weight: Tensor) -> bool:
     """Whether this is eager float32 on a CPU. A traced graph must show plain operators, and an empty batch has no product."""
-    if _is_intel() or torch.compiler.is_compiling() or torch.jit.is_tracing() or torch.onnx.is_in_onnx_export():
+    if torch.compiler.is_compiling() or _is_intel() or torch.jit.is_tracing() or torch.onnx.is_in_onnx_export():
         return False
     return (
         x.device.type == "cpu"
