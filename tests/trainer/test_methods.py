@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import cv2
@@ -13,6 +12,7 @@ from configs import load_text
 from edge_dkm import Inspector
 from exporters.export import export_run
 from tests.conftest import TINY
+from tests.trainer.test_autoencoder import stages
 from tests.trainer.test_fitting import StopAfter
 from trainer import FitOptions, Run, fit, load_run
 from trainer.loop import InterruptedTraining
@@ -96,11 +96,7 @@ def test_a_run_that_was_interrupted_in_its_method_ends_as_an_uninterrupted_one(
 def test_what_comes_before_the_method_does_not_change_it(name: str, image_folder: Path, tmp_path: Path) -> None:
     cache = f"pretrain: {{epochs: 3, cache: {tmp_path / 'cache'}}}\naugment: {{noise: 0.3}}"
     first, second = (fitted(name, image_folder, tmp_path / side, cache) for side in "ab")
-    stages = [
-        {json.loads(line)["stage"] for line in (tmp_path / side / "metrics.jsonl").read_text().splitlines()}
-        for side in "ab"
-    ]
-    assert stages[0] - stages[1] == {"reconstruct"}  # the second took what the first had learned
+    assert {*stages(first)} - {*stages(second)} == {"reconstruct"}  # the second took what the first had learned
     for a, b in zip(first.model.state_dict().values(), second.model.state_dict().values(), strict=True):
         assert np.array_equal(a.numpy(), b.numpy())
 

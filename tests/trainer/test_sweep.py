@@ -175,19 +175,8 @@ def test_one_seed_and_other_images_are_refused(
 def test_ctrl_c_keeps_what_is_complete_and_the_same_command_goes_on(tiny_settings_text: str, tmp_path: Path) -> None:
     config = tmp_path / "tiny.yaml"
     config.write_text(tiny_settings_text)
-    grid = ["--methods", "dec", "--grid", "method.epochs=100000", "--set", "method.n_init=2"]
-    command = [
-        sys.executable,
-        "-m",
-        "trainer",
-        "sweep",
-        str(config),
-        *grid,
-        "--seeds",
-        "2",
-        "--out",
-        str(tmp_path / "s"),
-    ]
+    grid = ["--methods", "dec", "--grid", "method.epochs=100000", "--set", "method.n_init=2", "--seeds", "2"]
+    command = [sys.executable, "-m", "trainer", "sweep", str(config), *grid, "--out", str(tmp_path / "s")]
     process = subprocess.Popen([*command, "--grid", "method.tol=0"], stderr=subprocess.PIPE, text=True)
     wait_until(
         lambda: any("dec" in p.read_text() for p in (tmp_path / "s").glob("dec*/seed-0/metrics.jsonl")), timeout_s=60
